@@ -1,0 +1,51 @@
+"""Build the two compiled modules: the cycle engine, and the binding to the C kernels in csrc/.
+
+Variables: SYSMT_WERROR=1 makes warnings errors; SYSMT_SANITIZE=address,undefined adds sanitizers.
+"""
+
+import os
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+HERE = Path(__file__).parent
+MACROS = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
+
+compile_args = ["-O3", "-std=c11", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread"]
+link_args = ["-pthread"]
+if os.environ.get("SYSMT_WERROR") == "1":
+    compile_args += ["-Werror"]
+if sanitizers := os.environ.get("SYSMT_SANITIZE"):
+    compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g", "-O1"]
+    link_args += [f"-fsanitize={sanitizers}"]
+
+
+def extension(pyx: Path) -> Extension:
+    """One extension module for a .pyx file; `_native` takes the C kernels along."""
+    sources = [str(pyx)]
+    depends = []
+    if pyx.stem == "_native":
+        sources += sorted(str(path) for path in Path("csrc").glob("*.c"))
+        depends += sorted(str(path) for path in Path("csrc").glob("*.h"))
+    # Generated code compares signed with unsigned and leaves parameters unused; ours may not.
+    return Extension(
+        ".".join(pyx.with_suffix("").parts),
+        sources,
+        depends=depends,
+        include_dirs=[numpy.get_include(), "csrc"],
+        define_macros=MACROS,
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+    )
+
+
+os.chdir(HERE)
+setup(
+    ext_modules=cythonize(
+        [extension(path) for path in sorted(Path("sysmt").rglob("*.pyx"))],
+        language_level=3,
+        build_dir="build/cython",
+    )
+)

@@ -1,0 +1,185 @@
+"""What is simulated: the array, its threads and its squeezing policy, as validated frozen values."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from enum import StrEnum
+from typing import Any, Literal, TypeVar
+
+from sysmt.errors import ConfigError, nearest
+
+__all__ = ["THREAD_COUNTS", "ArrayConfig", "Drain", "Engine", "Policy", "Rounding"]
+
+THREAD_COUNTS = (1, 2, 4)
+
+
+class Policy(StrEnum):
+    """Which operand a collision reduces, and what spares it (NB-SMT paper, arXiv 2004.09309, section 3).
+
+    ``S``: zero operands free the multiplier. ``A`` / ``W``: the operand that a 2-way collision
+    reduces, when it is wide. A lower-case letter: the other operand's narrowness spares it too.
+    ``S`` alone reduces always, narrow operands included.
+    """
+
+    S = "S"
+    A = "A"
+    W = "W"
+    AW = "Aw"
+    WA = "aW"
+    SA = "S+A"
+    SW = "S+W"
+    SAW = "S+Aw"
+    SWA = "S+aW"
+
+    @property
+    def skips_zeros(self) -> bool:
+        """Whether a pair with a zero operand leaves the multiplier to the other threads."""
+        return self.value.startswith("S")
+
+    @property
+    def reduces_always(self) -> bool:
+        """Whether a collision reduces narrow operands as well (policy ``S`` alone)."""
+        return self is Policy.S
+
+    @property
+    def reduced_operand(self) -> Literal["activation", "weight"]:
+        """The operand that a 2-way collision reduces."""
+        return "weight" if "W" in self.value else "activation"
+
+    @property
+    def needs_both_wide(self) -> bool:
+        """Whether a 2-way collision spares an operand when the *other* one is narrow."""
+        return "w" in self.value or "a" in self.value
+
+
+class Drain(StrEnum):
+    """How accumulators leave the array between tiles; sets the cycles per tile."""
+
+    SERIAL = "serial"
+    OVERLAPPED = "overlapped"
+    NONE = "none"
+
+
+class Rounding(StrEnum):
+    """How the low 4 bits of a reduced operand are dropped."""
+
+    NEAREST_EVEN = "nearest-even"
+    TRUNCATE = "truncate"
+
+
+class Engine(StrEnum):
+    """Which implementation of the same semantics computes a GEMM."""
+
+    FAST = "fast"
+    CYCLE = "cycle"
+    REFERENCE = "reference"
+
+
+_Name = TypeVar("_Name", bound=StrEnum)
+
+
+def parse_name(kind: type[_Name], value: object, field: str) -> _Name:
+    """Turn a string into a member of `kind`; raise `ConfigError` naming `field` and the allowed names."""
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = [member.value for member in kind]
+        hint = nearest(str(value), allowed)
+        raise ConfigError(f"{field}={value!r} is unknown{hint}; allowed: {', '.join(allowed)}") from None
+
+
+def parse_count(value: object, field: str, minimum: int = 1) -> int:
+    """Turn an integer-like value into an int of at least `minimum`; raise `ConfigError` otherwise."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(
+            f"{field}={value!r} has type {type(value).__name__}; an integer of at least {minimum} is needed"
+        ) from None
+    if count < minimum:
+        raise ConfigError(f"{field}={count} is too small; it must be at least {minimum}")
+    return count
+
+
+def parse_threads(value: object, field: str = "threads") -> int:
+    """Turn a thread count into 1, 2 or 4; raise `ConfigError` otherwise."""
+    count = parse_count(value, field, minimum=0)
+    if count not in THREAD_COUNTS:
+        raise ConfigError(f"{field}={count} is not possible; a PE runs 1, 2 or 4 threads")
+    return count
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayConfig:
+    """One SySMT array: an output-stationary grid of PEs, each running `threads` threads.
+
+    Attributes
+    ----------
+    rows : int
+        PE rows R, at least 1. A tile holds R rows (m) of the output.
+    cols : int
+        PE columns C, at least 1. A tile holds C columns (n) of the output.
+    threads : int
+        Threads per PE T: 1, 2 or 4. K is cut into T contiguous chunks.
+    policy : Policy
+        What a collision reduces; a `Policy` or its name, such as ``"S+A"``.
+    drain : Drain
+        How accumulators leave the array; ``"serial"``, ``"overlapped"`` or ``"none"``.
+    saturate : bool
+        Hold the rounded value in 4 bits (activations at 240, weights at +112) instead of
+        letting 248..255 become 256 and 120..127 become +128.
+    rounding : Rounding
+        ``"nearest-even"`` or ``"truncate"``.
+
+    Raises
+    ------
+    ConfigError
+        If a value is outside what is listed above.
+    """
+
+    rows: int = 16
+    cols: int = 16
+    threads: int = 2
+    policy: Policy = Policy.SA
+    drain: Drain = Drain.SERIAL
+    saturate: bool = False
+    rounding: Rounding = Rounding.NEAREST_EVEN
+
+    def __post_init__(self) -> None:
+        def put(field: str, value: object) -> None:
+            object.__setattr__(self, field, value)
+
+        put("rows", parse_count(self.rows, "rows"))
+        put("cols", parse_count(self.cols, "cols"))
+        put("threads", parse_threads(self.threads))
+        put("policy", parse_name(Policy, self.policy, "policy"))
+        put("drain", parse_name(Drain, self.drain, "drain"))
+        put("rounding", parse_name(Rounding, self.rounding, "rounding"))
+        if not isinstance(self.saturate, bool):
+            raise ConfigError(f"saturate={self.saturate!r} must be True or False")
+
+    def replace(self, **changes: Any) -> ArrayConfig:
+        """Return a copy with the named fields changed (and validated again)."""
+        try:
+            return dataclasses.replace(self, **changes)
+        except TypeError:
+            fields = [field.name for field in dataclasses.fields(self)]
+            unknown = next(name for name in changes if name not in fields)
+            raise ConfigError(
+                f"ArrayConfig has no field {unknown!r}{nearest(unknown, fields)}; it has {', '.join(fields)}"
+            ) from None
+
+    def to_record(self) -> dict[str, int | str | bool]:
+        """Return plain values, as they go into TOML and CSV files."""
+        return {
+            "rows": self.rows,
+            "cols": self.cols,
+            "threads": self.threads,
+            "policy": self.policy.value,
+            "drain": self.drain.value,
+            "saturate": self.saturate,
+            "rounding": self.rounding.value,
+        }
