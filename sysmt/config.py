@@ -82,7 +82,7 @@ _Name = TypeVar("_Name", bound=StrEnum)
 def parse_name(kind: type[_Name], value: object, field: str) -> _Name:
     """Turn a string into a member of `kind`; raise `ConfigError` naming `field` and the allowed names."""
     try:
-        return kind(value)
+        return kind(str(value))
     except ValueError:
         allowed = [member.value for member in kind]
         hint = nearest(str(value), allowed)

@@ -1,0 +1,1 @@
+"""PyTorch networks on the machine: lowering, attach, calibration, BatchNorm, pruning, models, data."""

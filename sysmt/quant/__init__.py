@@ -1,0 +1,1 @@
+"""Numbers: how floats become codes, and what that costs."""

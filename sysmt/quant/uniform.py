@@ -1,0 +1,190 @@
+"""Uniform post-training quantisation by ranges: unsigned or signed activations, symmetric weights.
+
+The scheme of the recalibration paper (Shomron & Weiser, "Post-Training BatchNorm Recalibration",
+section 3): activations per layer, scaled by the mean over images of each image's maximum; weights
+per output channel, scaled by their largest magnitude. All arithmetic is float32, in one fixed
+order, so that every path gives the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from sysmt.errors import ConfigError
+
+__all__ = [
+    "ActivationRange",
+    "WEIGHT_LIMIT",
+    "activation_range",
+    "dequantize",
+    "inverse_scale",
+    "quantize_activations",
+    "quantize_weights",
+    "weight_scales",
+]
+
+WEIGHT_LIMIT = 127
+"""Quantised weights, and signed activations, lie in [-127, 127]."""
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationRange:
+    """How one layer's input is quantised.
+
+    Attributes
+    ----------
+    scale : float
+        Float value of one quantisation step, positive and finite; a float32 value.
+    signed : bool
+        Whether the codes are int8 in [-127, 127] instead of uint8 in [0, 255].
+
+    Raises
+    ------
+    ConfigError
+        If the scale is not a positive finite number whose inverse is a finite float32.
+    """
+
+    scale: float
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        scale = np.float32(self.scale)
+        if not (np.isfinite(scale) and scale > 0 and np.isfinite(inverse_scale(scale))):
+            raise ConfigError(
+                f"activation scale {self.scale!r} is not a positive finite float32 with a finite inverse"
+            )
+        object.__setattr__(self, "scale", float(scale))
+        object.__setattr__(self, "signed", bool(self.signed))
+
+    @property
+    def limit(self) -> int:
+        """Largest code: 255 unsigned, 127 signed."""
+        return WEIGHT_LIMIT if self.signed else 255
+
+
+def inverse_scale(scale: float | np.float32) -> np.float32:
+    """Return float32(1 / scale), the factor that quantisation multiplies with."""
+    with np.errstate(over="ignore", divide="ignore"):
+        return np.float32(1.0 / np.float64(scale))
+
+
+def _usable(scale: Float32Array) -> Float32Array:
+    """Replace scales of all-zero (or vanishing) data by 1."""
+    with np.errstate(over="ignore", divide="ignore"):
+        finite = np.isfinite((1.0 / scale.astype(np.float64)).astype(np.float32))
+    return np.where((scale > 0) & finite, scale, np.float32(1)).astype(np.float32)
+
+
+def activation_range(image_maxima: npt.ArrayLike, signed: bool) -> ActivationRange:
+    """Turn per-image maxima into a layer's range.
+
+    Parameters
+    ----------
+    image_maxima : array (images,), float
+        For each calibration image the maximum of x, or of |x| if `signed` (or a percentile of them).
+    signed : bool
+        Whether calibration saw a negative activation.
+
+    Returns
+    -------
+    ActivationRange
+        Scale = mean of the maxima / 255 (/ 127 if signed); 1 if the layer only ever saw zeros.
+    """
+    limit = WEIGHT_LIMIT if signed else 255
+    mean = np.mean(np.asarray(image_maxima, dtype=np.float64)) if np.size(image_maxima) else 0.0
+    return ActivationRange(float(_usable(np.array([mean / limit], np.float32))[0]), signed)
+
+
+def quantize_activations(
+    x: npt.ArrayLike, range_: ActivationRange
+) -> npt.NDArray[np.uint8] | npt.NDArray[np.int8]:
+    """Quantise finite float32 activations: ``clamp(rint(x * inv))``.
+
+    Parameters
+    ----------
+    x : array, float32
+        Any shape. An unsigned range clamps negative values to 0.
+    range_ : ActivationRange
+
+    Returns
+    -------
+    ndarray of uint8 or int8
+        Codes, same shape; int8 if the range is signed.
+    """
+    low = -WEIGHT_LIMIT if range_.signed else 0
+    rounded = np.rint(np.asarray(x, np.float32) * inverse_scale(range_.scale))
+    codes: npt.NDArray = np.clip(rounded, low, range_.limit).astype(np.int8 if range_.signed else np.uint8)
+    return codes
+
+
+def weight_scales(weight: npt.ArrayLike, per_channel: bool = True) -> Float32Array:
+    """Scale of each output channel: max|w| / 127, and 1 for an all-zero channel.
+
+    Parameters
+    ----------
+    weight : array (N, ...), float32
+        Weights, output channels first.
+    per_channel : bool
+        One scale for each output channel, or one for the whole layer repeated N times.
+
+    Returns
+    -------
+    ndarray (N,), float32
+    """
+    magnitudes = np.abs(np.asarray(weight, np.float32)).reshape(np.shape(weight)[0], -1)
+    maxima = magnitudes.max(axis=1, initial=0.0)
+    if not per_channel:
+        maxima = np.full_like(maxima, maxima.max(initial=0.0))
+    return _usable((maxima.astype(np.float64) / WEIGHT_LIMIT).astype(np.float32))
+
+
+def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray[np.int8]:
+    """Quantise weights symmetrically to [-127, 127]; a zero weight stays exactly 0.
+
+    Parameters
+    ----------
+    weight : array (N, ...), float32
+    scales : ndarray (N,), float32
+        As `weight_scales` gives them.
+
+    Returns
+    -------
+    ndarray (N, ...), int8
+    """
+    w = np.asarray(weight, np.float32)
+    inverse = (1.0 / scales.astype(np.float64)).astype(np.float32).reshape(-1, *[1] * (w.ndim - 1))
+    codes: npt.NDArray[np.int8] = np.clip(np.rint(w * inverse), -WEIGHT_LIMIT, WEIGHT_LIMIT).astype(np.int8)
+    return codes
+
+
+def dequantize(
+    accumulators: npt.NDArray[np.int32],
+    activation_scale: float,
+    weight_scale: Float32Array,
+    bias: Float32Array | None = None,
+    channel_axis: int = -1,
+) -> Float32Array:
+    """Turn accumulators into float32: ``float32(acc) * float32(scale_a * scale_w[n])``, then + bias.
+
+    Parameters
+    ----------
+    accumulators : ndarray, int32
+    activation_scale : float
+    weight_scale : ndarray (N,), float32
+    bias : ndarray (N,), float32, optional
+    channel_axis : int
+        Axis of `accumulators` that runs over the N output channels.
+
+    Returns
+    -------
+    ndarray, float32
+    """
+    shape = [1] * accumulators.ndim
+    shape[channel_axis] = -1
+    y = accumulators.astype(np.float32) * (np.float32(activation_scale) * weight_scale).reshape(shape)
+    return y if bias is None else y + bias.astype(np.float32).reshape(shape)
