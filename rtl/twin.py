@@ -1,0 +1,139 @@
+"""The slot of `sysmt.hw.pe`, in numpy: a million slots at a time, so that the RTL can be fed.
+
+It is itself proved against `sysmt.hw.pe.work_slot` in every run, see `prove_twin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from sysmt.config import ArrayConfig, Policy
+from sysmt.hw.pe import work_slot
+
+__all__ = ["KINDS", "POLICIES", "Kind", "exhaustive_slots", "prove_twin", "random_slots", "slot_values"]
+
+POLICIES = (Policy.SA, Policy.SAW)
+"""The policies that the RTL has; the index is its parameter POLICY."""
+
+
+class Kind(NamedTuple):
+    """A slot as hardware: its threads, its policy and the sign of its activations."""
+
+    threads: int
+    policy: Policy
+    signed: bool
+
+    def __str__(self) -> str:
+        return f"{self.threads}T {self.policy.value if self.threads > 1 else '':4} {'s8' if self.signed else 'u8'}"
+
+    @property
+    def config(self) -> ArrayConfig:
+        """The configuration that the model calls the same."""
+        return ArrayConfig(threads=self.threads, policy=self.policy)
+
+
+KINDS = (
+    *(Kind(1, Policy.SA, signed) for signed in (False, True)),
+    *(Kind(threads, policy, signed) for threads, policy, signed in product((2, 4), POLICIES, (False, True))),
+)
+"""The slots of bench/slot_bench.v, in its order."""
+
+
+def reduce_values(values: np.ndarray) -> np.ndarray:
+    """Round to multiples of 16, half to even (int32 in, int32 out)."""
+    floor, rest = values >> 4, values & 15
+    up = (rest > 8) | ((rest == 8) & (floor & 1 == 1))
+    return (floor + up) << 4
+
+
+def is_wide(values: np.ndarray, signed: bool) -> np.ndarray:
+    """Whether operands need more than 4 bits."""
+    return (values < -8) | (values > 7) if signed else values > 15
+
+
+def slot_values(activations: np.ndarray, weights: np.ndarray, kind: Kind) -> np.ndarray:
+    """Sums of many slots.
+
+    Parameters
+    ----------
+    activations, weights : ndarray (slots, bytes), uint8
+        Operand bytes; thread t takes column t, further columns are ignored.
+    kind : Kind
+        How to read the bytes, and what a collision does.
+
+    Returns
+    -------
+    ndarray (slots,), int32
+    """
+    a = activations[:, : kind.threads].view(np.int8 if kind.signed else np.uint8).astype(np.int32)
+    w = weights[:, : kind.threads].view(np.int8).astype(np.int32)
+    active = (a != 0) & (w != 0)
+    count = active.sum(axis=1, keepdims=True)
+    a_wide, w_wide = is_wide(a, kind.signed), is_wide(w, True)
+    needs_both = kind.policy.needs_both_wide
+    reduce_a = a_wide & ((count >= 3) | ((count == 2) & (w_wide if needs_both else True)))
+    reduce_w = w_wide & (count >= 3)
+    products = np.where(reduce_a, reduce_values(a), a) * np.where(reduce_w, reduce_values(w), w)
+    return (products * active).sum(axis=1, dtype=np.int32)
+
+
+def random_slots(slots: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Random operand bytes (slots, 4), with zeros, narrow values and the extremes well represented.
+
+    A quarter of the slots is uniform, so that none of the 2^64 is out of reach.
+    """
+    edges = np.array([0, 1, 7, 8, 15, 16, 23, 24, 40, 119, 120, 127, 128, 136, 240, 247, 248, 249, 255], np.uint8)
+
+    def draw() -> np.ndarray:
+        values = rng.integers(0, 256, (slots, 4), np.uint8)
+        choice = rng.integers(0, 8, (slots, 4), np.uint8)
+        choice[: slots // 4] = 7
+        narrow = ((values & 15) - np.where(values & 64, 8, 0)).astype(np.uint8)
+        picked = np.where(choice == 0, 0, values)
+        picked = np.where(choice == 1, narrow, picked)
+        return np.where(choice == 2, edges[values % edges.size], picked).astype(np.uint8)
+
+    return draw(), draw()
+
+
+def exhaustive_slots(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All 256 x 256 operand pairs in each thread, beside each set of other active threads.
+
+    4 threads x 8 sets x 65,536 slots: every pair meets every unit of the multiplier in every mode.
+    The partners are random, zero exactly where their thread is inactive; an inactive thread has
+    a zero activation, a zero weight, or both.
+    """
+    pairs = np.arange(65_536)
+    for thread, others in product(range(4), range(8)):
+        a, w = rng.integers(1, 256, (2, pairs.size, 4), np.uint8)
+        partners = [t for t in range(4) if t != thread]
+        for bit, partner in enumerate(partners):
+            if not others >> bit & 1:
+                which = rng.integers(0, 3, pairs.size)
+                a[which != 1, partner] = 0
+                w[which != 0, partner] = 0
+        a[:, thread], w[:, thread] = pairs >> 8, pairs & 255
+        yield a, w
+
+
+def prove_twin(slots: int, seed: int) -> dict[Kind, int]:
+    """Compare the twin with `work_slot` on random slots; the differences of each kind.
+
+    The policies that do not matter at T = 1 are left out.
+    """
+    differences = {}
+    for kind in KINDS:
+        a, w = random_slots(slots, np.random.default_rng(seed))
+        got = slot_values(a, w, kind)
+        a_lists = a[:, : kind.threads].view(np.int8 if kind.signed else np.uint8).tolist()
+        w_lists = w[:, : kind.threads].view(np.int8).tolist()
+        config = kind.config
+        want = [
+            work_slot(*pair, config, kind.signed).value for pair in zip(a_lists, w_lists, strict=True)
+        ]
+        differences[kind] = int((got != np.array(want)).sum())
+    return differences
