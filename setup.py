@@ -11,6 +11,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
+CYCLE_STEP = str(Path("csrc", "cycle_step.c"))
 MACROS = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
 
 compile_args = ["-O3", "-std=c11", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread"]
@@ -23,11 +24,14 @@ if sanitizers := os.environ.get("SYSMT_SANITIZE"):
 
 
 def extension(pyx: Path) -> Extension:
-    """One extension module for a .pyx file; `_native` takes the C kernels along."""
+    """One extension module for a .pyx file; the C sources it binds come along."""
     sources = [str(pyx)]
     depends = []
-    if pyx.stem == "_native":
-        sources += sorted(str(path) for path in Path("csrc").glob("*.c"))
+    if pyx.stem == "cycle":
+        sources += [CYCLE_STEP]
+        depends += [str(Path(CYCLE_STEP).with_suffix(".h"))]
+    elif pyx.stem == "_native":
+        sources += sorted({str(path) for path in Path("csrc").glob("*.c")} - {CYCLE_STEP})
         depends += sorted(str(path) for path in Path("csrc").glob("*.h"))
     # Generated code compares signed with unsigned and leaves parameters unused; ours may not.
     return Extension(
