@@ -9,10 +9,13 @@
 
 #if defined(__clang__)
 #define VECTORISE _Pragma("clang loop vectorize(assume_safety)")
+#define UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
 #define VECTORISE _Pragma("GCC ivdep")
+#define UNROLL _Pragma("GCC unroll 4")
 #else
 #define VECTORISE
+#define UNROLL
 #endif
 
 /* Sums of a block's PEs stay below 2^16, so that all lanes of the loop are 16 bits wide. */
@@ -51,11 +54,13 @@ INLINE cycle_load step(const cycle_array *array, const int threads) {
 
             /* Lines without operands carry zeros: their pairs are inactive without being masked. */
             uint16_t pair[4], active = 0;
+            UNROLL
             for (int t = 0; t < threads; t++) {
                 pair[t] = (uint16_t)((x[t * pes + p] != 0) & (y[t * pes + p] != 0));
                 active = (uint16_t)(active + pair[t]);
             }
             block_active = (uint16_t)(block_active + (active > 0));
+            UNROLL
             for (int c = 1; c <= threads; c++) {
                 uint16_t *restrict count = at_least + (c - 1) * pes;
                 count[p] = (uint16_t)(count[p] + (active >= c));
@@ -66,6 +71,7 @@ INLINE cycle_load step(const cycle_array *array, const int threads) {
             const uint16_t more = threads > 2 ? (active > 2) | every_slot : 0;
             uint16_t x_count = 0, y_count = 0;
             int32_t sum = 0;
+            UNROLL
             for (int t = 0; t < threads; t++) {
                 int16_t x_used = x[t * pes + p], y_used = y[t * pes + p];
                 if (threads > 1) {
