@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
+from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -251,7 +252,7 @@ def recalibrate_batchnorm(
     """
     mode = parse_name(RecalibrationMode, mode, "mode")
     images = parse_count(images, "images")
-    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 < momentum <= 1:
+    if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 < momentum <= 1:
         raise ConfigError(f"momentum={momentum!r} must be a number in (0, 1]: the weight of a new batch")
     layers = _tracking_layers(model)
     gatherer = _Gatherer(layers, mode)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from enum import StrEnum
+from numbers import Real
 
 import pandas as pd
 import torch
@@ -212,7 +213,7 @@ def _parse_sparsity(sparsity: float | None, implied: float | None) -> float:
         if implied is None:
             raise ConfigError("sparsity is missing; give a number in [0, 1), or a pattern such as '2:4'")
         return implied
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity={sparsity!r} must be a number in [0, 1): the share of zero weights")
     if implied is not None and abs(sparsity - implied) > 1e-9:
         raise ConfigError(
@@ -257,6 +258,6 @@ def _add_mask(layer: nn.Conv2d | nn.Linear, mask: Tensor) -> None:
     if "weight" in _masked(layer):
         mask = mask & (layer.get_buffer("weight_mask") != 0)
         prune.remove(layer, "weight")
-    prune.custom_from_mask(layer, "weight", mask)
     # What lies under the mask is zero, too: weight decay and momentum then have nothing to move there.
-    layer.get_parameter("weight_orig").mul_(mask)
+    layer.weight.masked_fill_(~mask, 0.0)
+    prune.custom_from_mask(layer, "weight", mask)
