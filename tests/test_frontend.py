@@ -55,7 +55,7 @@ def expected_layer(module, x, range_, config):
     weight = module.weight.detach().numpy()
     scales = weight_scales(weight)
     b = quantize_weights(weight, scales).reshape(geometry.groups, geometry.gemm_n, geometry.gemm_k)
-    images = x if x.ndim == 4 else x[:, :, None, None]
+    images = x.detach() if x.ndim == 4 else x.detach()[:, :, None, None]
     a = im2col(quantize_activations(geometry.pad_float(images).numpy(), range_), geometry)
     out_size = geometry.output_size(*images.shape[2:])
     acc = np.zeros((images.shape[0], geometry.out_channels, math.prod(out_size)), np.int32)
@@ -554,7 +554,7 @@ def wide_counts_by_hand(module, x, range_):
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_wide_counts_include_im2col_zeros(signed):
-    conv = nn.Conv2d(4, 3, 3, stride=2, padding=1, dilation=2, groups=2)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)
     x = torch.randn(3, 4, 9, 8)
     x = x if signed else x.relu()
     net = nn.Sequential(conv)

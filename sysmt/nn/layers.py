@@ -169,7 +169,7 @@ class HookedLayer:
             raise UnsupportedLayerError(
                 f"layer {self.name!r} got NaN or infinite activations; they cannot be quantised"
             )
-        if result.saw_negative and not self._warned_negative:
+        if result.saw_negative and not self.range.signed and not self._warned_negative:
             self._warned_negative = True
             warnings.warn(
                 f"layer {self.name!r} is calibrated as unsigned but met activations below 0; they become 0",
