@@ -1,0 +1,11 @@
+/* Which paths there are, best first. A path that the compiler could not build says it is unsupported. */
+#include "kernels.h"
+
+int list_paths(const Path *paths[MAX_PATHS]) {
+    static const Path *const best_first[] = {&path_scalar};
+    int count = 0;
+    for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++)
+        if (best_first[i]->is_supported())
+            paths[count++] = best_first[i];
+    return count;
+}

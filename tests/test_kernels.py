@@ -1,0 +1,188 @@
+"""Packed convolutions on every path against im2col and the reference, and the forced paths."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sysmt.config import ArrayConfig, Policy
+from sysmt.errors import OperandError, PathError
+from sysmt.hw import array
+from sysmt.hw.kernels import PackedConv, active_path, available_paths
+from sysmt.hw.stats import Counters
+
+PATHS = available_paths()
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(2)
+
+
+def images(rng, shape, signed, layout="nchw"):
+    """Half-normal activations, about half of them zero, some beyond the calibrated range."""
+    x = rng.normal(0, 60, shape).astype(np.float32)
+    x = x if signed else np.maximum(x, 0)
+    x.flat[rng.integers(0, max(x.size, 1), x.size // 50)] = 260.0
+    if layout == "nhwc":
+        return np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    if layout == "strided":
+        return np.repeat(np.repeat(x, 2, 3), 2, 1)[:, ::2, :, ::2]
+    if layout == "flipped":
+        return x[:, :, ::-1].copy()[:, :, ::-1]
+    return x
+
+
+def by_im2col(conv, weight, x, scale_a, scale_w, bias, order):
+    """Lower to one GEMM per group through numpy and the scalar path."""
+    batch, n, height, width = conv.output_shape(x.shape)
+    counters = Counters((0,) * (conv.config.threads + 1))
+    outs = []
+    for group, a in enumerate(conv.quantize(x, scale_a)):
+        b = weight.reshape(conv.groups, n // conv.groups, -1)[group].T
+        out, counted = array.simulate(a, b, conv.config, order and order[group], path="scalar")
+        counters += counted
+        outs.append(out)
+    sums = np.concatenate(outs, 1).reshape(batch, height, width, n).transpose(0, 3, 1, 2)
+    y = sums.astype(np.float32) * (np.float32(scale_a) * scale_w)[:, None, None] + bias[:, None, None]
+    return y, counters
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=150, deadline=None)
+@given(
+    threads=st.sampled_from([1, 2, 4]),
+    policy=st.sampled_from(list(Policy)),
+    signed=st.booleans(),
+    batch=st.integers(1, 3),
+    groups=st.sampled_from([1, 1, 2, 3]),
+    channels=st.sampled_from([1, 2, 3, 4, 8, 12]),
+    outputs=st.sampled_from([1, 3, 8, 9]),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 40)),
+    kernel=st.sampled_from([(1, 1), (1, 1), (3, 3), (3, 3), (5, 2), (1, 3)]),
+    stride=st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 3), (2, 1)]),
+    padding=st.sampled_from([((0, 0), (0, 0)), ((1, 1), (1, 1)), ((0, 2), (3, 1)), ((2, 2), (2, 2))]),
+    dilation=st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 3)]),
+    layout=st.sampled_from(["nchw", "nhwc", "strided", "flipped"]),
+    reordered=st.booleans(),
+    relu=st.booleans(),
+    density=st.sampled_from([1.0, 0.98, 0.6, 0.2]),
+    cpu_threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_convolution_equals_im2col(
+    path, threads, policy, signed, batch, groups, channels, outputs, size, kernel, stride, padding, dilation,
+    layout, reordered, relu, density, cpu_threads, seed,
+):  # fmt: skip
+    rng = np.random.default_rng(seed)
+    config = ArrayConfig(threads=threads, policy=policy)
+    weight = np.clip(rng.normal(0, 45, (groups * outputs, channels, *kernel)), -127, 127).astype(np.int8)
+    weight[rng.random(weight.shape) > density] = 0
+    k = channels * kernel[0] * kernel[1]
+    order = [rng.permutation(threads * -(-k // threads)) for _ in range(groups)] if reordered else None
+    conv = PackedConv(
+        weight, config, stride=stride, padding=padding, dilation=dilation, groups=groups, signed=signed,
+        order=order, path=path,
+    )  # fmt: skip
+    x = images(rng, (batch, groups * channels, *size), signed, layout)
+    scale_a, scale_w = np.float32(1.1), rng.random(groups * outputs, np.float32)
+    bias = rng.normal(size=groups * outputs).astype(np.float32)
+    y, counters = by_im2col(conv, weight, x, scale_a, scale_w, bias, order)
+    if relu:
+        y = np.maximum(y, 0)
+    out = images(rng, y.shape, False, layout) if rng.random() < 0.5 else None
+    result = conv.forward(x, scale_a, scale_w, bias, out=out, relu=relu, cpu_threads=cpu_threads)
+    assert out is None or result.y is out
+    np.testing.assert_array_equal(result.y, y)
+    if y.size:
+        assert result.counters == counters
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_result_does_not_depend_on_threads_or_batching(path, rng):
+    weight = rng.integers(-127, 128, (20, 16, 3, 3)).astype(np.int8)
+    conv = PackedConv(weight, ArrayConfig(threads=4), padding=((1, 1), (1, 1)), path=path)
+    x = images(rng, (5, 16, 30, 30), False)
+    scale_w = np.ones(20, np.float32)
+    whole = conv.forward(x, 1.0, scale_w)
+    for cpu_threads in (2, 3, 8):
+        again = conv.forward(x, 1.0, scale_w, cpu_threads=cpu_threads)
+        np.testing.assert_array_equal(again.y, whole.y)
+        assert again.counters == whole.counters
+    single = [conv.forward(x[i : i + 1], 1.0, scale_w, cpu_threads=2) for i in range(5)]
+    np.testing.assert_array_equal(np.concatenate([one.y for one in single]), whole.y)
+    assert sum((one.counters for one in single), Counters(())) == whole.counters
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_nonfinite_and_negative_inputs_are_reported(path, layout):
+    conv = PackedConv(np.ones((3, 4, 3, 3), np.int8), ArrayConfig(), padding=((1, 1), (1, 1)), path=path)
+    ones = np.ones(3, np.float32)
+    for value, expected in ((np.nan, True), (np.inf, True), (-np.inf, True), (1.0, False), (3e38, False)):
+        x = images(np.random.default_rng(0), (2, 4, 9, 33), False, layout)
+        x[1, 3, 8, 32] = value
+        assert conv.forward(x, 1.0, ones).saw_nonfinite is expected
+    x[0, 0, 0, 0] = -0.0
+    assert not conv.forward(x, 1.0, ones).saw_negative
+    x[1, 2, 8, 31] = -1e-9
+    negative = conv.forward(x, 1.0, ones)
+    assert negative.saw_negative
+    assert not negative.saw_nonfinite
+    np.testing.assert_array_equal(negative.y, conv.forward(np.maximum(x, 0), 1.0, ones).y)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_empty_shapes(path):
+    ones = np.ones(2, np.float32)
+    conv = PackedConv(np.ones((2, 3, 3, 3), np.int8), ArrayConfig(), path=path)
+    assert conv.forward(np.zeros((0, 3, 5, 5), np.float32), 1.0, ones).y.shape == (0, 2, 3, 3)
+    assert conv.forward(np.zeros((1, 3, 2, 5), np.float32), 1.0, ones).y.shape == (1, 2, 0, 3)
+    hollow = PackedConv(np.ones((2, 0, 1, 1), np.int8), ArrayConfig(), path=path)
+    result = hollow.forward(np.zeros((1, 0, 2, 2), np.float32), 1.0, ones, bias=ones)
+    np.testing.assert_array_equal(result.y, np.ones((1, 2, 2, 2), np.float32))
+    assert result.counters == Counters((0, 0, 0))
+
+
+def test_not_counting_changes_no_value(rng):
+    conv = PackedConv(rng.integers(-127, 128, (8, 8, 3, 3)).astype(np.int8), ArrayConfig())
+    x = images(rng, (2, 8, 12, 12), False)
+    counted, plain = (conv.forward(x, 1.0, np.ones(8, np.float32), count=count) for count in (True, False))
+    assert plain.counters is None
+    np.testing.assert_array_equal(counted.y, plain.y)
+
+
+def test_forced_and_unknown_paths(monkeypatch):
+    monkeypatch.delenv("SYSMT_PATH", raising=False)
+    assert active_path() == PATHS[0]
+    for path in PATHS:
+        monkeypatch.setenv("SYSMT_PATH", path)
+        assert active_path() == path
+        assert PackedConv(np.ones((1, 1, 1, 1), np.int8), ArrayConfig()).path == path
+    monkeypatch.setenv("SYSMT_PATH", "scalr")
+    with pytest.raises(PathError, match=r"SYSMT_PATH='scalr'.*did you mean 'scalar'.*available: .*scalar"):
+        active_path()
+    with pytest.raises(PathError, match="path='neon'"):
+        PackedConv(np.ones((1, 1, 1, 1), np.int8), ArrayConfig(), path="neon")
+
+
+def test_rejects_wrong_arguments():
+    conv = PackedConv(np.ones((2, 3, 1, 1), np.int8), ArrayConfig())
+    x, ones = np.zeros((1, 3, 4, 4), np.float32), np.ones(2, np.float32)
+    with pytest.raises(OperandError, match="dtype float64"):
+        conv.forward(x.astype(np.float64), 1.0, ones)
+    with pytest.raises(OperandError, match=r"\(B, 3, H, W\)"):
+        conv.forward(x[:, :2], 1.0, ones)
+    with pytest.raises(OperandError, match="scale_w"):
+        conv.forward(x, 1.0, ones[:1])
+    with pytest.raises(OperandError, match="writeable"):
+        conv.forward(x, 1.0, ones, out=np.zeros((1, 2, 4, 5), np.float32))
+    for scale in (0.0, -1.0, float("nan"), float("inf"), 1e-45):
+        with pytest.raises(OperandError, match="scale_a"):
+            conv.forward(x, scale, ones)
+    with pytest.raises(OperandError, match="groups=3"):
+        PackedConv(np.ones((2, 3, 1, 1), np.int8), ArrayConfig(), groups=3)
+    with pytest.raises(OperandError, match="one per group"):
+        PackedConv(np.ones((2, 3, 1, 1), np.int8), ArrayConfig(), groups=2, order=[np.arange(3)])
+    with pytest.raises(OperandError, match="stride"):
+        PackedConv(np.ones((2, 3, 1, 1), np.int8), ArrayConfig(), stride=(0, 1))
