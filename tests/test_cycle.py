@@ -204,15 +204,15 @@ def test_longest_k_of_largest_operands(threads, weight):
     assert activity.busy_rc.tolist() == [[2 * length]]
 
 
-def test_array_larger_than_one_vector_block():
+def test_more_pes_than_16_bits_can_count():
     rng = np.random.default_rng(0)
-    a = rng.integers(0, 3, (71, 160), np.uint8)
-    b = rng.integers(-1, 2, (160, 68), np.int8)
-    out_mn, counters, activity = cycle.simulate(a, b, ArrayConfig(73, 67, threads=1))
+    a = rng.integers(1, 3, (263, 530), np.uint8)
+    b = rng.integers(-1, 2, (530, 257), np.int8)
+    out_mn, counters, activity = cycle.simulate(a, b, ArrayConfig(263, 257, threads=1))
     np.testing.assert_array_equal(out_mn, a.astype(np.int32) @ b)
-    pairs = int(active_slots(a, b, 1).sum())
-    assert counters.active == (71 * 68 * 160 - pairs, pairs)
-    assert activity.busy_pes.max() == 71 * 67  # K > 71 + 67: for a while all PEs work at once
+    pairs = 263 * int((b != 0).sum())
+    assert counters.active == (263 * 530 * 257 - pairs, pairs)
+    assert activity.busy_pes.max() == 263 * 257 > 2**16  # K > 263 + 257: for a while all PEs work at once
     assert activity.busy_pes.sum() == counters.slots
     assert activity.active_pes.sum() == pairs
 

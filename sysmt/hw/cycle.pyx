@@ -177,9 +177,11 @@ cdef class SystolicArray:
 
     def shift_out_rest(self):
         """Tick, without computing, until no row is left to leave."""
-        self.log.append(np.zeros((2, self.rows_left), np.int64))
+        cdef Py_ssize_t cycles = 0
         while self.rows_left:
             self.shift_out()
+            cycles += 1
+        self.log.append(np.zeros((2, cycles), np.int64))
 
     cdef void move_right(self, const int16_t *entering) noexcept nogil:
         # All registers at once: what leaves the right end of a row lands in the next row's first PE, and
@@ -200,8 +202,8 @@ cdef class SystolicArray:
             memcpy(registers + plane * plane_size, entering + plane * self.cols, self.cols * sizeof(int16_t))
 
     cdef bint corner_is_done(self) noexcept nogil:
-        cdef Py_ssize_t row = self.rows - 1, col = self.cols - 1
-        return (self.activations[self.threads, row, col] & self.weights[self.threads, row, col] & CYCLE_LAST) != 0
+        cdef Py_ssize_t control = self.threads, row = self.rows - 1, col = self.cols - 1
+        return (self.activations[control, row, col] & self.weights[control, row, col] & CYCLE_LAST) != 0
 
     cdef void shift_out(self) noexcept nogil:
         # One cycle of the drain. Rows leave from the bottom; those below an edge tile's outputs are dropped.
