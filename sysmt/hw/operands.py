@@ -42,9 +42,7 @@ def check_operands(a_mk: npt.ArrayLike, b_kn: npt.ArrayLike) -> tuple[np.ndarray
             f"a_mk has shape {a.shape} and b_kn {b.shape}; both must be matrices: (M, K) times (K, N)"
         )
     if a.dtype not in (np.uint8, np.int8):
-        raise OperandError(
-            f"a_mk has dtype {a.dtype}; activations must be uint8 (unsigned) or int8 (signed)"
-        )
+        raise OperandError(f"a_mk has dtype {a.dtype}; activations must be uint8 (unsigned) or int8 (signed)")
     if b.dtype != np.int8:
         raise OperandError(f"b_kn has dtype {b.dtype}; weights must be int8")
     if a.shape[1] != b.shape[0]:
@@ -78,13 +76,17 @@ def check_order(order: npt.ArrayLike, k: int, threads: int) -> np.ndarray:
     given: np.ndarray[Any, Any] = np.asarray(order)
     padded = threads * slot_count(k, threads)
     if given.ndim != 1 or not (np.issubdtype(given.dtype, np.integer) or given.size == 0):
-        raise OperandError(f"order has shape {given.shape} and dtype {given.dtype}; one axis of integers is needed")
+        raise OperandError(
+            f"order has shape {given.shape} and dtype {given.dtype}; one axis of integers is needed"
+        )
     if given.size not in (k, padded):
         raise OperandError(
             f"order has {given.size} elements; it must be a permutation of 0..{k - 1} or of 0..{padded - 1}"
         )
     if not np.array_equal(np.sort(given), np.arange(given.size)):
-        raise OperandError(f"order is no permutation of 0..{given.size - 1}: an index is missing or out of range")
+        raise OperandError(
+            f"order is no permutation of 0..{given.size - 1}: an index is missing or out of range"
+        )
     return given.astype(np.intp, copy=False)
 
 
