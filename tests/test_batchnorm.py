@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import sysmt
 from sysmt.errors import CalibrationError, ConfigError, WeightsError
 from sysmt.nn.batchnorm import fold_batchnorm, load_statistics, recalibrate_batchnorm, save_statistics
 from sysmt.nn.models import MobileNetV1
@@ -304,6 +305,26 @@ def test_impossible_requests_are_named() -> None:
         recalibrate_batchnorm(model, ["image.png"])
 
 
+def test_the_noise_of_the_array_is_what_is_gathered() -> None:
+    model = two_layers()
+    (x,) = batches(16)
+    outputs: list[Tensor] = []
+    model[3].register_forward_hook(lambda module, args, output: outputs.append(output))
+    statistics = {}
+    for threads in (1, 4):
+        with sysmt.attach(model, sysmt.ArrayConfig(threads=threads)) as sim:
+            sim.calibrate([x], images=16)
+            recalibrate_batchnorm(model, [x], mode="cumulative", images=16)
+            with pytest.raises(ConfigError, match="detach before folding"):
+                fold_batchnorm(model)
+        noisy = outputs[-1].double()
+        torch.testing.assert_close(model[4].running_mean.double(), noisy.mean((0, 2, 3)))
+        torch.testing.assert_close(model[4].running_var.double(), noisy.var((0, 2, 3)))
+        statistics[threads] = save_statistics(model)
+    assert torch.equal(statistics[1]["1.running_var"], statistics[4]["1.running_var"])  # the float layer's
+    assert not torch.equal(statistics[1]["4.running_var"], statistics[4]["4.running_var"])
+
+
 # Statistics
 
 
@@ -373,7 +394,7 @@ def test_fold_by_hand() -> None:
 
 @pytest.mark.parametrize("observe", [False, True])
 @pytest.mark.parametrize(
-    "name, folded, kept",
+    ("name", "folded", "kept"),
     [("resnet18", 20, 0), ("googlenet", 57, 2), ("densenet121", 59, 62), ("mobilenet_v1", 27, 0)],
 )
 def test_folded_networks_compute_the_same(name: str, folded: int, kept: int, observe: bool) -> None:
@@ -402,7 +423,7 @@ def test_folded_networks_compute_the_same(name: str, folded: int, kept: int, obs
 
 @pytest.mark.parametrize("observe", [False, True])
 @pytest.mark.parametrize(
-    "layer, norm, shape",
+    ("layer", "norm", "shape"),
     [
         (nn.Conv1d(4, 6, 3, groups=2), nn.BatchNorm1d(6), (2, 4, 9)),
         (nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, affine=False), (2, 4, 9, 9)),
@@ -595,7 +616,9 @@ def test_pruned_weights_keep_their_zeros_through_a_fold() -> None:
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = model(x)
+    stale = model[1].weight
     fold_batchnorm(model)
+    assert not torch.equal(model[1].weight, stale)  # it does not wait for the next forward pass
     assert relative_error(model, x, expected) < 1e-6
     assert torch.equal(model[1].weight == 0, zeros)
 

@@ -1,6 +1,7 @@
 """Pruning: hand-worked masks, exact counts, and zeros that survive training, saving and quantisation."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from sysmt.errors import ConfigError, UnsupportedLayerError
 from sysmt.nn.checkpoints import load_weights, save_weights
 from sysmt.nn.models import build_model
-from sysmt.nn.pruning import make_permanent, prune_model, sparsity_report
+from sysmt.nn.pruning import make_permanent, prune_and_retrain, prune_model, sparsity_report
 from sysmt.quant.uniform import quantize_weights, weight_scales
 
 
@@ -130,6 +131,7 @@ def test_pruning_on_never_revives() -> None:
     assert zeros(model[1]) == [0, 1, 3, 4, 5, 7]
     prune_model(model, 0.25)
     assert zeros(model[1]) == [0, 1, 3, 4, 5, 7]
+    assert torch.equal(parameter == 0, model[1].weight_mask == 0)
     assert model[1].weight_orig is parameter  # an optimiser that holds it goes on working
     copy.deepcopy(model)
 
@@ -160,6 +162,61 @@ def test_zeros_survive_training(optimizer: str) -> None:
     assert not torch.equal(model[2].weight, moved)
     make_permanent(model)
     assert torch.equal(model[2].weight == 0, gone)
+
+
+def labelled_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(16, 1, 8, 8, generator=generator), torch.randint(10, (16,), generator=generator))
+        for _ in range(3)
+    ]
+
+
+def test_prune_and_retrain_reaches_each_sparsity_and_keeps_every_zero() -> None:
+    torch.manual_seed(0)
+    model = build_model("digits")
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    layer = model.get_submodule("layer1.0.conv1")
+    gone_at_step: list[torch.Tensor] = []
+
+    def watch(step: int) -> None:
+        gone_at_step.append(layer.weight_orig == 0)
+        assert torch.equal(layer.weight_orig == 0, layer.weight_mask == 0)
+
+    batches = labelled_batches()
+    report = prune_and_retrain(
+        model, batches, (0.25, 0.5), 2, test=batches, weight_decay=0.1, after_step=watch, progress=False
+    )
+    assert len(gone_at_step) == 2 * 2 * 3
+    assert all((later | ~earlier).all() for earlier, later in itertools.pairwise(gone_at_step))
+    weights = sparsity_report(model).query("name not in ('conv1', 'linear')")["weights"].sum()
+    assert report["sparsity"].tolist() == [round(0.25 * weights) / weights, round(0.5 * weights) / weights]
+    assert report["step"].tolist() == [1, 2]
+    assert report[["loss", "top1", "pruned_top1", "test_top1"]].notna().all(axis=None)
+    assert int((sparsity_report(model)["masked"]).sum()) == round(0.5 * weights)
+    assert not torch.equal(model.conv1.weight, start["conv1.weight"])  # the entire network is retrained
+    kept = layer.weight != 0
+    assert not torch.equal(layer.weight[kept], start["layer1.0.conv1.weight"][kept])
+    assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)  # not one step behind
+    copy.deepcopy(model)
+    make_permanent(model)
+    assert int(sparsity_report(model)["zeros"].sum()) == round(0.5 * weights)
+
+
+def test_retraining_refuses_what_it_cannot_do() -> None:
+    model = build_model("digits")
+    for options, message in [
+        ({"schedule": ()}, "schedule=()"),
+        ({"schedule": (0.4, 0.2)}, r"schedule=\(0.4, 0.2\) must ascend"),
+        ({"schedule": (0.5, 1.0)}, "sparsity=1.0"),
+        ({"schedule": 0.4}, "schedule=0.4 must be a sequence"),
+        ({"epochs": -1}, "epochs=-1"),
+        ({"weight_deacy": 0.1}, "did you mean 'weight_decay'"),
+        ({"checkpoint": "run.pt"}, "no option 'checkpoint'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            prune_and_retrain(model, labelled_batches(), **options)
+        assert sparsity_report(model)["zeros"].sum() == 0
 
 
 def test_make_permanent_leaves_plain_weights() -> None:

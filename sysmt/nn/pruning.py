@@ -7,10 +7,14 @@ those of `torch.nn.utils.prune`, so its tools work on them, too.
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from numbers import Real
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,13 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from sysmt.config import parse_name
+from sysmt.config import parse_count, parse_name
 from sysmt.errors import ConfigError, UnsupportedLayerError, nearest
+from sysmt.nn.data import ImageData
+from sysmt.nn.training import evaluate, train
 
 __all__ = [
     "PruningMethod",
     "PruningScope",
     "make_permanent",
+    "prune_and_retrain",
     "prune_model",
     "sparsity_report",
 ]
@@ -133,6 +140,97 @@ def make_permanent(model: nn.Module) -> tuple[str, ...]:
     return tuple(done)
 
 
+def prune_and_retrain(
+    model: nn.Module,
+    data: ImageData | Iterable[tuple[Tensor, Tensor]],
+    schedule: Sequence[float] = (0.1, 0.2, 0.4),
+    epochs: int = 5,
+    *,
+    scope: str | PruningScope = "global",
+    exclude: Iterable[str] = (),
+    first: bool = False,
+    linear: bool = False,
+    lr: float = 0.01,
+    seed: int = 0,
+    test: Iterable[tuple[Tensor, Tensor]] | None = None,
+    progress: bool = True,
+    **training: Any,
+) -> pd.DataFrame:
+    """Prune step by step by magnitude, and retrain the entire network after each step.
+
+    The iterative method of the recalibration paper, section 3, after Han et al. (NIPS 2015). Masks
+    stay on afterwards: train on, or call `make_permanent`. To retrain with an N:M pattern, call
+    `prune_model` with it, and then `sysmt.nn.training.train`, which keeps masks as well.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network, changed in place; the simulator must not be attached.
+    data : ImageData or iterable of (inputs, labels)
+        What `sysmt.nn.training.train` takes.
+    schedule : sequence of float
+        Sparsities to reach one after the other, in [0, 1) and ascending.
+    epochs : int
+        Epochs of retraining after each step.
+    scope, exclude, first, linear
+        As for `prune_model`.
+    lr : float
+        Largest learning rate of each step.
+    seed : int
+        Step i trains with ``seed + i``.
+    test : iterable of (inputs, labels), optional
+        Evaluated after pruning and again after retraining in each step.
+    progress : bool
+        Show progress on stderr.
+    **training
+        Further options of `sysmt.nn.training.train`, such as `weight_decay`; no `checkpoint`.
+
+    Returns
+    -------
+    DataFrame
+        A row per step: `step` (from 1), `sparsity` (reached, of the selected weights), `epochs`, `loss`
+        and `top1` of the last epoch over the training images, `pruned_top1` and `test_top1` on `test`
+        before and after retraining (NaN without it). Accuracies in [0, 1].
+
+    Raises
+    ------
+    ConfigError
+        If `schedule` or another option is impossible; nothing has been pruned then, unless `train`
+        refuses an option's value.
+    DataError
+        If there are no images, or their labels do not fit.
+    """
+    _check_schedule(schedule)
+    epochs = parse_count(epochs, "epochs", minimum=0)
+    scope = parse_name(PruningScope, scope, "scope")
+    options = [name for name in inspect.signature(train).parameters if name not in ("test", "checkpoint")]
+    for name in training:
+        if name not in options:
+            raise ConfigError(f"retraining has no option {name!r}{nearest(name, options)}")
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    selected = list(_select_layers(model, exclude, first, linear))
+    rows = []
+    for step, sparsity in enumerate(schedule):
+        report = prune_model(model, sparsity, scope=scope, exclude=exclude, first=first, linear=linear)
+        counts = report.set_index("name").loc[selected, ["zeros", "weights"]].sum()
+        pruned_top1 = evaluate(model, test, progress=progress).top1 if test is not None else math.nan
+        history = train(model, data, epochs, lr=lr, seed=seed + step, progress=progress, **training)
+        _refresh_weights(model)
+        last = history.epochs[-1] if history.epochs else {}
+        rows.append(
+            {
+                "step": step + 1,
+                "sparsity": counts["zeros"] / counts["weights"],
+                "epochs": epochs,
+                "loss": last.get("loss", math.nan),
+                "top1": last.get("top1", math.nan),
+                "pruned_top1": pruned_top1,
+                "test_top1": evaluate(model, test, progress=progress).top1 if test is not None else math.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def sparsity_report(model: nn.Module) -> pd.DataFrame:
     """Count the zero weights of every Conv2d and Linear layer.
 
@@ -193,6 +291,15 @@ def _select_layers(
             )
         owners[id(weight)] = name
     return selected
+
+
+def _check_schedule(schedule: Sequence[float]) -> None:
+    """Refuse an empty schedule, and sparsities that are impossible or do not ascend."""
+    if isinstance(schedule, str) or not isinstance(schedule, Sequence) or not schedule:
+        raise ConfigError(f"schedule={schedule!r} must be a sequence of sparsities, such as (0.1, 0.2, 0.4)")
+    checked = [_parse_sparsity(sparsity, None) for sparsity in schedule]
+    if any(later <= earlier for earlier, later in itertools.pairwise(checked)):
+        raise ConfigError(f"schedule={tuple(checked)} must ascend: pruned weights do not come back")
 
 
 def _parse_pattern(pattern: str) -> tuple[int, int]:
@@ -261,3 +368,11 @@ def _add_mask(layer: nn.Conv2d | nn.Linear, mask: Tensor) -> None:
     # What lies under the mask is zero, too: weight decay and momentum then have nothing to move there.
     layer.weight.masked_fill_(~mask, 0.0)
     prune.custom_from_mask(layer, "weight", mask)
+
+
+def _refresh_weights(model: nn.Module) -> None:
+    """Recompute masked weights, as every forward pass does, without a graph that would bar copying."""
+    with torch.no_grad():
+        for module in model.modules():
+            for key in _masked(module):
+                setattr(module, key, module.get_parameter(f"{key}_orig") * module.get_buffer(f"{key}_mask"))
