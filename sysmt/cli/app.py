@@ -1,0 +1,130 @@
+"""What all commands share: errors in one line, warnings in one line, exit codes, --debug."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+import sysmt
+from sysmt.errors import SysmtError
+
+__all__ = ["EXIT_ERROR", "Commands", "print_table", "root", "say"]
+
+EXIT_ERROR = 2
+"""Something given was wrong, or could not be had or written."""
+
+_BARE = {"--recalibrate": "ema"}
+"""Options that may stand without their value, and the value they then have."""
+
+
+class Commands(TyperGroup):
+    """The group of all commands; ends every error that is not a bug in one red line and exit code 2."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run one command line."""
+        given = [*_with_values(sys.argv[1:] if args is None else args)]
+        debug = "--debug" in given
+        try:
+            with _warnings_in_one_line():
+                code = super().main(
+                    [word for word in given if word != "--debug"],
+                    prog_name,
+                    complete_var,
+                    standalone_mode=False,
+                    windows_expand_args=windows_expand_args,
+                    **extra,
+                )
+        except SysmtError as error:
+            if debug:
+                traceback.print_exc()
+            _fail(str(error))
+            code = EXIT_ERROR
+        except Exception as error:
+            # Wrong usage: typer's exceptions have these two, wherever a version keeps their classes.
+            if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+                raise
+            context = getattr(error, "ctx", None)
+            hint = f" (try '{context.command_path} --help')" if context else ""
+            _fail(f"{error.format_message()}{hint}")
+            code = EXIT_ERROR
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")
+    ] = False,
+) -> None:
+    """Model of SySMT: a systolic array whose PEs run 1, 2 or 4 threads, bit-exact and cycle by cycle.
+
+    `sysmt run` alone measures a small network on handwritten digits. Results are tables (CSV), plots
+    (PNG) and the configuration (TOML) in a directory of the run's own. Exit codes: 0 done,
+    2 something is wrong, 130 interrupted; what was measured until then is kept.
+    """
+    del debug  # taken out of the line before it is parsed
+    if version:
+        print(f"sysmt {sysmt.__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help(), end="")
+
+
+def say(message: str, style: str = "") -> None:
+    """Print a line for the user on stderr, where it does not mix with results."""
+    Console(stderr=True, soft_wrap=True).print(Text(message, style=style))
+
+
+def _fail(message: str) -> None:
+    say(f"error: {' '.join(message.split())}", "bold red")
+
+
+def _with_values(args: Sequence[str]) -> Iterator[str]:
+    """Spell out the values of options that stand bare."""
+    for word, following in itertools.pairwise([*args, "--"]):
+        yield f"{word}={_BARE[word]}" if word in _BARE and following.startswith("-") else word
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show each warning once, without the source line it came from."""
+
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        say(f"warning: {message}", "yellow")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+    """Print a table on stdout: the first column is text, the others are numbers."""
+    table = Table(box=SIMPLE_HEAD, caption=caption or None, caption_justify="left", pad_edge=False)
+    for index, title in enumerate(header):
+        table.add_column(title, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    # Into a file or a pipe, lines are as long as they are.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(table)

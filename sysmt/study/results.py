@@ -1,0 +1,234 @@
+"""A run's own directory: made and proven writable before the run, every file in it whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tomli_w
+
+import sysmt
+from sysmt.errors import ConfigError, OutputError
+from sysmt.nn.checkpoints import written_whole
+
+__all__ = [
+    "DEFAULT_PARENT",
+    "RunDirectory",
+    "check_writable",
+    "processor_name",
+    "provenance",
+    "read_csv",
+    "read_toml",
+]
+
+DEFAULT_PARENT = Path("results")
+"""Where runs go that name no directory."""
+
+
+class RunDirectory:
+    """Where one run keeps its results.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        An empty or missing directory. By default ``results/<name>-<n>`` with the first free n.
+    name : str
+        Kind of run, for the default path; signs that a file name should not have become ``_``.
+    overwrite : bool
+        Allow a directory that has files. Those of an earlier run, `stale`, are removed first, so that
+        old and new results never stand side by side.
+    stale : iterable of str
+        Patterns of the files that such a run writes, such as ``"*.png"``.
+
+    Attributes
+    ----------
+    path : Path
+
+    Raises
+    ------
+    OutputError
+        If the directory cannot be made or written, or has files and `overwrite` is False.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        name: str = "run",
+        overwrite: bool = False,
+        stale: Iterable[str] = (),
+    ) -> None:
+        self._made: list[Path] = []
+        try:
+            self.path = self._next_free(name) if path is None else self._claim(Path(path), overwrite)
+            with tempfile.TemporaryFile(dir=self.path) as probe:
+                probe.write(b"writable")
+            for pattern in stale:
+                for old in self.path.glob(pattern):
+                    old.unlink()
+        except OutputError:
+            raise
+        except OSError as error:
+            where = path if path is not None else DEFAULT_PARENT
+            raise OutputError(f"{where} cannot be written: {error.strerror or error}") from error
+
+    def _claim(self, path: Path, overwrite: bool) -> Path:
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; results need a directory of their own")
+        self._make(path)
+        if not overwrite and any(path.iterdir()):
+            raise OutputError(f"{path} is not empty; name another directory or allow --overwrite")
+        return path
+
+    def _next_free(self, name: str) -> Path:
+        plain = "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in name)
+        self._make(DEFAULT_PARENT)
+        for number in itertools.count(1):
+            path = DEFAULT_PARENT / f"{plain}-{number}"
+            try:
+                path.mkdir()  # of two runs that start together, only one can make it
+            except FileExistsError:
+                continue
+            self._made.append(path)
+            return path
+        raise AssertionError("numbers do not end")
+
+    def _make(self, path: Path) -> None:
+        missing = [place for place in (path, *path.parents) if not place.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        self._made += reversed(missing)
+
+    def remove_if_empty(self) -> None:
+        """Take back the directories made for a run that failed before it had results."""
+        for made in reversed(self._made):
+            try:
+                made.rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                    raise OutputError(f"{made} cannot be removed: {error.strerror}") from error
+                return
+
+    def file(self, name: str) -> AbstractContextManager[Path]:
+        """Hand out a temporary path that becomes file `name` once the block ends without an exception."""
+        return written_whole(self.path / name)
+
+    def write_csv(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a table, without its index; floats in full, so that reading gives the same values."""
+        with self.file(name) as temporary:
+            table.to_csv(temporary, index=False)
+        return self.path / name
+
+    def write_toml(self, name: str, record: Mapping[str, Any], comment: str = "") -> Path:
+        """Write nested plain values; None has no form in TOML and is left out."""
+        lead = "".join(f"# {line}\n" for line in comment.splitlines())
+        with self.file(name) as temporary:
+            temporary.write_text(lead + tomli_w.dumps(_without_none(record)), encoding="utf-8")
+        return self.path / name
+
+    def write_json(self, name: str, record: Mapping[str, Any]) -> Path:
+        """Write nested plain values, indented."""
+        with self.file(name) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return self.path / name
+
+
+def _without_none(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in record.items()
+        if value is not None
+    }
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `OutputError` unless a file could be written at `path`, before long work is done for it."""
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; a file name is needed")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.write(b"writable")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: version, kernel path, versions of libraries, processor, command and time."""
+    packages = ("numpy", "torch", "torchvision", "pandas")
+    return {
+        "sysmt": sysmt.__version__,
+        "kernel_path": sysmt.active_path(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "processor": processor_name(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def processor_name() -> str:
+    """Model name of this machine's CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises
+    ------
+    ConfigError
+        If it is missing, unreadable or no TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+
+
+def read_csv(path: str | Path, needed: Iterable[str] = ()) -> pd.DataFrame:
+    """Read a table that `RunDirectory.write_csv` wrote; empty text stays empty text.
+
+    Raises
+    ------
+    ConfigError
+        If it is missing or unreadable, or lacks one of the columns `needed`.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path} is missing; a directory that `sysmt run` wrote is needed")
+    try:
+        table = pd.read_csv(path, float_precision="round_trip")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no table: {error}") from error
+    lacking = [column for column in needed if column not in table.columns]
+    if lacking:
+        raise ConfigError(f"{path} lacks the column {lacking[0]!r}; it has {', '.join(table.columns)}")
+    text = table.select_dtypes(exclude="number").columns
+    return table.fillna(dict.fromkeys(text, ""))
