@@ -14,7 +14,17 @@ import numpy as np
 from sysmt.config import ArrayConfig, Policy
 from sysmt.hw.pe import work_slot
 
-__all__ = ["KINDS", "POLICIES", "Kind", "exhaustive_slots", "prove_twin", "random_slots", "slot_values"]
+__all__ = [
+    "KINDS",
+    "POLICIES",
+    "Kind",
+    "draw_bytes",
+    "exhaustive_slots",
+    "EXHAUSTIVE_SLOTS",
+    "prove_twin",
+    "random_slots",
+    "slot_values",
+]
 
 POLICIES = (Policy.SA, Policy.SAW)
 """The policies that the RTL has; the index is its parameter POLICY."""
@@ -28,7 +38,8 @@ class Kind(NamedTuple):
     signed: bool
 
     def __str__(self) -> str:
-        return f"{self.threads}T {self.policy.value if self.threads > 1 else '':4} {'s8' if self.signed else 'u8'}"
+        policy = self.policy.value if self.threads > 1 else ""
+        return f"{self.threads}T {policy:5} {'s8' if self.signed else 'u8'}"
 
     @property
     def config(self) -> ArrayConfig:
@@ -47,7 +58,8 @@ def reduce_values(values: np.ndarray) -> np.ndarray:
     """Round to multiples of 16, half to even (int32 in, int32 out)."""
     floor, rest = values >> 4, values & 15
     up = (rest > 8) | ((rest == 8) & (floor & 1 == 1))
-    return (floor + up) << 4
+    rounded: np.ndarray = (floor + up) << 4
+    return rounded
 
 
 def is_wide(values: np.ndarray, signed: bool) -> np.ndarray:
@@ -78,36 +90,47 @@ def slot_values(activations: np.ndarray, weights: np.ndarray, kind: Kind) -> np.
     reduce_a = a_wide & ((count >= 3) | ((count == 2) & (w_wide if needs_both else True)))
     reduce_w = w_wide & (count >= 3)
     products = np.where(reduce_a, reduce_values(a), a) * np.where(reduce_w, reduce_values(w), w)
-    return (products * active).sum(axis=1, dtype=np.int32)
+    sums: np.ndarray = (products * active).sum(axis=1, dtype=np.int32)
+    return sums
+
+
+EDGES = np.array([0, 1, 7, 8, 15, 16, 23, 24, 40, 119, 120, 127, 128, 136, 240, 247, 248, 249, 255], np.uint8)
+"""Bytes beside which something changes: wide, rounded up or down, tie, sign, one bit more."""
+
+
+EXHAUSTIVE_SLOTS = 33 << 16
+"""How many slots `exhaustive_slots` yields in all."""
+
+
+def draw_bytes(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Random operand bytes (uint8) with zeros, narrow values and `EDGES` well represented.
+
+    The first quarter of the rows is uniform, so that no combination is out of reach.
+    """
+    values = rng.integers(0, 256, shape, np.uint8)
+    choice = rng.integers(0, 8, shape, np.uint8)
+    choice[: shape[0] // 4] = 7
+    narrow = (values & 15) - np.where(values & 64, 8, 0).astype(np.uint8)
+    return np.select(
+        [choice == 0, choice == 1, choice == 2], [np.uint8(0), narrow, EDGES[values % EDGES.size]], values
+    )
 
 
 def random_slots(slots: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random operand bytes (slots, 4), with zeros, narrow values and the extremes well represented.
-
-    A quarter of the slots is uniform, so that none of the 2^64 is out of reach.
-    """
-    edges = np.array([0, 1, 7, 8, 15, 16, 23, 24, 40, 119, 120, 127, 128, 136, 240, 247, 248, 249, 255], np.uint8)
-
-    def draw() -> np.ndarray:
-        values = rng.integers(0, 256, (slots, 4), np.uint8)
-        choice = rng.integers(0, 8, (slots, 4), np.uint8)
-        choice[: slots // 4] = 7
-        narrow = ((values & 15) - np.where(values & 64, 8, 0)).astype(np.uint8)
-        picked = np.where(choice == 0, 0, values)
-        picked = np.where(choice == 1, narrow, picked)
-        return np.where(choice == 2, edges[values % edges.size], picked).astype(np.uint8)
-
-    return draw(), draw()
+    """Random operand bytes of slots: activations and weights, each (slots, 4) uint8."""
+    return draw_bytes((slots, 4), rng), draw_bytes((slots, 4), rng)
 
 
 def exhaustive_slots(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All 256 x 256 operand pairs in each thread, beside each set of other active threads.
+    """All 256 x 256 operand pairs in each thread, beside each set of other active threads, and in all alike.
 
-    4 threads x 8 sets x 65,536 slots: every pair meets every unit of the multiplier in every mode.
-    The partners are random, zero exactly where their thread is inactive; an inactive thread has
-    a zero activation, a zero weight, or both.
+    33 x 65,536 slots: every pair meets every unit of the multiplier in every mode (4 threads x 8
+    sets), and every pair meets itself in all units at once, which reaches the largest sums. The
+    partners are random, zero exactly where their thread is inactive; an inactive thread has a
+    zero activation, a zero weight, or both.
     """
     pairs = np.arange(65_536)
+    pair_a, pair_w = (pairs >> 8).astype(np.uint8), (pairs & 255).astype(np.uint8)
     for thread, others in product(range(4), range(8)):
         a, w = rng.integers(1, 256, (2, pairs.size, 4), np.uint8)
         partners = [t for t in range(4) if t != thread]
@@ -116,8 +139,9 @@ def exhaustive_slots(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.
                 which = rng.integers(0, 3, pairs.size)
                 a[which != 1, partner] = 0
                 w[which != 0, partner] = 0
-        a[:, thread], w[:, thread] = pairs >> 8, pairs & 255
+        a[:, thread], w[:, thread] = pair_a, pair_w
         yield a, w
+    yield np.tile(pair_a[:, None], 4), np.tile(pair_w[:, None], 4)
 
 
 def prove_twin(slots: int, seed: int) -> dict[Kind, int]:
@@ -132,8 +156,6 @@ def prove_twin(slots: int, seed: int) -> dict[Kind, int]:
         a_lists = a[:, : kind.threads].view(np.int8 if kind.signed else np.uint8).tolist()
         w_lists = w[:, : kind.threads].view(np.int8).tolist()
         config = kind.config
-        want = [
-            work_slot(*pair, config, kind.signed).value for pair in zip(a_lists, w_lists, strict=True)
-        ]
+        want = [work_slot(*pair, config, kind.signed).value for pair in zip(a_lists, w_lists, strict=True)]
         differences[kind] = int((got != np.array(want)).sum())
     return differences

@@ -1,0 +1,102 @@
+"""What synthesis found: ratios to a conventional array, kept in ratios.toml for others to read."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from synthesis import COLS, ROWS, Design
+from toolchain import HERE, tool_versions
+
+__all__ = ["RATIOS", "compare", "record", "write"]
+
+RATIOS = HERE / "ratios.toml"
+REFRESH = "make -C rtl refresh"
+OTHER_VERSION_TOLERANCE = 0.10
+
+HEADER = f"""\
+# Areas, depths and energies of the RTL in verilog/, as gates: written by `{REFRESH}`.
+# Ratios are to the first design, a conventional array of 8b x 8b MACs. README.md says what they are worth.
+
+"""
+
+
+def record(designs: list[Design], energies: list[float]) -> dict[str, Any]:
+    """Flatten designs and their energies (the first is the baseline) into what ratios.toml holds."""
+    base, base_energy = designs[0], energies[0]
+    rows = []
+    for design, energy in zip(designs, energies, strict=True):
+        rows.append(
+            {
+                "threads": design.kind.threads,
+                "policy": design.kind.policy.value,
+                "pe_gates": sum(design.pe.counts.values()),
+                "pe_registers": len(design.pe.registers),
+                "mac_area_ge": round(design.mac.area_ge, 1),
+                "pe_area_ge": round(design.pe.area_ge, 1),
+                "array_area_ge": round(design.array_ge),
+                "machine_area_ge": round(design.machine_ge),
+                "pe_depth_gates": design.pe.depth,
+                "mac_area_ratio": round(design.mac.area_ge / base.mac.area_ge, 3),
+                "array_area_ratio": round(design.array_ge / base.array_ge, 3),
+                "machine_area_ratio": round(design.machine_ge / base.machine_ge, 3),
+                "pe_depth_ratio": round(design.pe.depth / base.pe.depth, 3),
+                "energy_ratio": round(energy / base_energy, 3),
+            }
+        )
+    return {
+        "provenance": {
+            "command": REFRESH,
+            **tool_versions(),
+            "array": f"{ROWS} x {COLS}, u8 activations",
+            "area_unit": "two-input NANDs, weights in rtl/netlist.py",
+            "depth_unit": "gates between registers, each counts one",
+            "energy": "PE alone, same work, zero-delay wire changes, synthetic operands (rtl/activity.py)",
+        },
+        "design": rows,
+    }
+
+
+def write(fresh: dict[str, Any]) -> None:
+    """Write ratios.toml."""
+    RATIOS.write_text(HEADER + tomli_w.dumps(fresh))
+
+
+def compare(fresh: dict[str, Any], path: Path = RATIOS) -> tuple[str, bool]:
+    """Compare fresh results with the committed file.
+
+    With the Yosys that wrote the file every number must be the same; with another one, ratios may
+    differ by 10 %.
+
+    Returns
+    -------
+    tuple of str, bool
+        What was found, and whether the file stands.
+    """
+    if not path.exists():
+        return f"{path.name} is missing; write it with `{REFRESH}`", False
+    kept = tomllib.loads(path.read_text())
+    yosys = fresh["provenance"]["yosys"]
+    same = kept["provenance"]["yosys"] == yosys
+    differ = []
+    for old, new in zip(kept["design"], fresh["design"], strict=False):
+        for key, value in new.items():
+            if key.endswith("_ratio"):
+                limit = 0.0 if same else OTHER_VERSION_TOLERANCE
+                stands = abs(old.get(key, 0.0) - value) <= limit * value
+            else:
+                stands = old.get(key) == value or (not same and key not in ("threads", "policy"))
+            if not stands:
+                differ.append(f"{new['threads']}T {new['policy']} {key}: {old.get(key)} kept, {value} now")
+    if len(kept["design"]) != len(fresh["design"]):
+        differ.append(f"{len(kept['design'])} designs kept, {len(fresh['design'])} now")
+    if differ:
+        return f"{path.name} is out of date ({'; '.join(differ)}); refresh it with `{REFRESH}`", False
+    how = (
+        "to the last digit"
+        if same
+        else f"within 10 % (written by Yosys {kept['provenance']['yosys']}, here {yosys})"
+    )
+    return f"{path.name} reproduced {how}", True
