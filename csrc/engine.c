@@ -1,0 +1,596 @@
+/* Run a layer: jobs of rows, each staged, packed, counted and multiplied; spread over threads. */
+#include "engine.h"
+#include "geometry.h"
+#include "stage.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- what all jobs share ---- */
+
+typedef struct {
+    const VectorOps *ops;
+    const Layer *layer;
+    Geometry geometry;
+    PlaneMasks *masks;
+    uint32_t *step_offset; /* (steps): positions from a tile's own to its operands */
+    bool needs_crowded, can_overflow;
+    bool count;
+
+    pthread_mutex_t lock; /* over what follows */
+    Tally tally;
+    Seen seen;
+    struct Workspace *spare; /* workspaces that no job uses */
+    bool is_out_of_memory;
+} Shared;
+
+/* Buffers of one job at a time. */
+typedef struct Workspace {
+    struct Workspace *next;
+    uint8_t *stage, *raw;
+    uint32_t *planes[2]; /* the second: what the ninth bit holds */
+    uint8_t *crowded;
+    Events events;
+    struct Correction *corrections; /* sorted by tile */
+    int64_t *first_correction;      /* by tile */
+} Workspace;
+
+/* One event seen by one output position. */
+typedef struct Correction {
+    int32_t event, tap;
+    int32_t position;
+} Correction;
+
+static int64_t streams(const Shared *shared) {
+    return shared->layer->quads * shared->geometry.phase_count;
+}
+
+static int words_per_quad(const Layer *layer) {
+    return QUAD / layer->word_operands;
+}
+
+/* From a plane to the next, in 32-bit words. */
+static int64_t plane_stride(const Shared *shared) {
+    return streams(shared) * words_per_quad(shared->layer) * shared->geometry.stride;
+}
+
+static void workspace_release(Workspace *workspace) {
+    if (!workspace)
+        return;
+    free(workspace->stage);
+    free(workspace->raw);
+    free(workspace->planes[0]);
+    free(workspace->planes[1]);
+    free(workspace->crowded);
+    free(workspace->events.list);
+    free(workspace->corrections);
+    free(workspace->first_correction);
+    free(workspace);
+}
+
+static void *allocate(size_t bytes) {
+    return aligned_alloc(64, (bytes + 127) / 64 * 64);
+}
+
+static Workspace *workspace_make(const Shared *shared) {
+    const Geometry *geometry = &shared->geometry;
+    Workspace *workspace = calloc(1, sizeof *workspace);
+    if (!workspace)
+        return NULL;
+    size_t words = (size_t)(plane_stride(shared) * shared->layer->plane_count);
+    workspace->stage = allocate(stage_bytes(shared->layer, geometry));
+    workspace->raw = allocate(stage_raw_bytes(shared->layer, geometry));
+    workspace->planes[0] = allocate(words * sizeof(uint32_t));
+    bool is_complete = workspace->stage && workspace->raw && workspace->planes[0];
+    if (shared->needs_crowded) {
+        workspace->crowded = allocate((size_t)plane_stride(shared));
+        is_complete &= workspace->crowded != NULL;
+    }
+    if (shared->can_overflow) {
+        workspace->events.capacity = streams(shared) * geometry->stride / 8 + 1;
+        workspace->events.list = allocate((size_t)workspace->events.capacity * sizeof(Event));
+        is_complete &= workspace->events.list != NULL;
+    }
+    if (!is_complete) {
+        workspace_release(workspace);
+        return NULL;
+    }
+    return workspace;
+}
+
+static Workspace *workspace_take(Shared *shared) {
+    pthread_mutex_lock(&shared->lock);
+    Workspace *workspace = shared->spare;
+    if (workspace)
+        shared->spare = workspace->next;
+    pthread_mutex_unlock(&shared->lock);
+    return workspace ? workspace : workspace_make(shared);
+}
+
+static void workspace_give(Shared *shared, Workspace *workspace) {
+    pthread_mutex_lock(&shared->lock);
+    workspace->next = shared->spare;
+    shared->spare = workspace;
+    pthread_mutex_unlock(&shared->lock);
+}
+
+static void fail(Shared *shared) {
+    pthread_mutex_lock(&shared->lock);
+    shared->is_out_of_memory = true;
+    pthread_mutex_unlock(&shared->lock);
+}
+
+/* ---- one job ---- */
+
+typedef struct {
+    Shared *shared;
+    Workspace *workspace;
+    int64_t group, first_row, rows;
+    bool has_excess; /* too many events: the second planes are packed and multiplied, too */
+} Job;
+
+static StageArguments stage_of(const Job *job) {
+    return (StageArguments){.ops = job->shared->ops,
+                            .layer = job->shared->layer,
+                            .geometry = &job->shared->geometry,
+                            .group = job->group,
+                            .first_row = job->first_row,
+                            .rows = job->rows,
+                            .stage = job->workspace->stage,
+                            .raw = job->workspace->raw};
+}
+
+static void note_seen(Shared *shared, const Seen *seen) {
+    if (!seen->nonfinite && !seen->negative)
+        return;
+    pthread_mutex_lock(&shared->lock);
+    shared->seen.nonfinite |= seen->nonfinite;
+    shared->seen.negative |= seen->negative;
+    pthread_mutex_unlock(&shared->lock);
+}
+
+static void job_stage(const Job *job, int64_t first, int64_t end) {
+    StageArguments stage = stage_of(job);
+    Seen seen = {false, false};
+    stage_channels(&stage, first, end, &seen);
+    note_seen(job->shared, &seen);
+}
+
+static void job_im2col(const Job *job, int64_t first, int64_t end) {
+    StageArguments stage = stage_of(job);
+    stage_im2col(&stage, first, end);
+}
+
+static void job_count(const Job *job, int64_t first, int64_t end) {
+    StageArguments stage = stage_of(job);
+    Tally tally = {{0}, {0}, {0}, {0}};
+    count_quads(&stage, first, end, &tally);
+    pthread_mutex_lock(&job->shared->lock);
+    tally_merge(&job->shared->tally, &tally);
+    pthread_mutex_unlock(&job->shared->lock);
+}
+
+/* Pack quads first..end-1 of all phases. */
+static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess) {
+    const Shared *shared = job->shared;
+    const Layer *layer = shared->layer;
+    const Geometry *geometry = &shared->geometry;
+    Workspace *workspace = job->workspace;
+    StageArguments stage = stage_of(job);
+    int64_t rows = job->rows + geometry->dy_max - geometry->dy_min;
+    int64_t positions = (geometry->guard + rows * geometry->pitch + STREAM - 1) / STREAM * STREAM;
+    for (int phase = 0; phase < geometry->phase_count; phase++)
+        for (int64_t quad = first; quad < end; quad++) {
+            int64_t stream = phase * layer->quads + quad,
+                    at = stream * words_per_quad(layer) * geometry->stride;
+            PackArguments pack = {.positions = positions,
+                                  .rule = &layer->rule,
+                                  .planes = shared->masks,
+                                  .plane_count = layer->plane_count,
+                                  .is_excess = is_excess,
+                                  .out = workspace->planes[is_excess] + at,
+                                  .plane_stride = plane_stride(shared),
+                                  .word_stride = geometry->stride,
+                                  .crowded =
+                                      shared->needs_crowded && !is_excess ? workspace->crowded + at : NULL,
+                                  .events = shared->can_overflow && !is_excess ? &workspace->events : NULL,
+                                  .stream = (int32_t)stream};
+            const int32_t *channels = layer->channel_of + (job->group * layer->quads + quad) * QUAD;
+            for (int byte = 0; byte < QUAD; byte++)
+                pack.channel[byte] = channels[byte] < 0 ? NULL : staged(&stage, channels[byte], phase);
+            shared->ops->pack(&pack);
+        }
+}
+
+/* ---- activations of nine bits ---- */
+
+static int64_t job_positions(const Job *job) {
+    return job->rows * job->shared->geometry.pitch;
+}
+
+static int64_t job_tiles(const Job *job) {
+    return (job_positions(job) + TILE - 1) / TILE;
+}
+
+/* Call visit for every (event, tap) that an output position of the job sees. */
+static void visit_corrections(const Job *job, int64_t *next, Correction *out) {
+    const Geometry *geometry = &job->shared->geometry;
+    const Events *events = &job->workspace->events;
+    int64_t positions = job_positions(job), quads = job->shared->layer->quads,
+            count = atomic_load(&events->count);
+    for (int64_t i = 0; i < count; i++) {
+        const Event *event = &events->list[i];
+        for (int64_t tap = 0; tap < job->shared->layer->taps; tap++) {
+            int64_t position = event->position - tap_shift(geometry, &geometry->taps[tap]);
+            if (geometry->taps[tap].phase != event->stream / quads || position < 0 || position >= positions)
+                continue;
+            int64_t at = next[position / TILE]++;
+            if (out)
+                out[at] = (Correction){(int32_t)i, (int32_t)tap, (int32_t)position};
+        }
+    }
+}
+
+/* Sort the events' effects by tile. */
+static bool prepare_corrections(const Job *job) {
+    Workspace *workspace = job->workspace;
+    int64_t tiles = job_tiles(job), total = 0;
+    free(workspace->first_correction);
+    free(workspace->corrections);
+    workspace->corrections = NULL;
+    int64_t *first = workspace->first_correction = calloc((size_t)tiles + 1, sizeof *first);
+    if (!first)
+        return false;
+    visit_corrections(job, first, NULL);
+    for (int64_t tile = 0; tile <= tiles; tile++) {
+        int64_t here = first[tile];
+        first[tile] = total;
+        total += here;
+    }
+    workspace->corrections = malloc((size_t)total * sizeof *workspace->corrections + 1);
+    if (!workspace->corrections)
+        return false;
+    visit_corrections(job, first, workspace->corrections); /* moves every first to the next tile's */
+    memmove(first + 1, first, (size_t)tiles * sizeof *first);
+    first[0] = 0;
+    return true;
+}
+
+/* Whether the events are few enough to be corrected one by one; else pack what they lack. */
+static void job_settle_events(Job *job) {
+    const Events *events = &job->workspace->events;
+    job->has_excess = false;
+    int64_t count = job->shared->can_overflow ? atomic_load(&events->count) : 0;
+    free(job->workspace->first_correction);
+    job->workspace->first_correction = NULL;
+    if (count == 0)
+        return;
+    if (count > events->capacity) {
+        job->has_excess = true;
+        Workspace *workspace = job->workspace;
+        if (!workspace->planes[1])
+            workspace->planes[1] = allocate(
+                (size_t)(plane_stride(job->shared) * job->shared->layer->plane_count) * sizeof(uint32_t));
+        if (workspace->planes[1])
+            return;
+    } else if (prepare_corrections(job)) {
+        return;
+    }
+    job->has_excess = false;
+    fail(job->shared);
+}
+
+/* Sums to add to the channels of one tile, for the positions that events touch. */
+typedef struct {
+    int32_t *sums; /* (touched, channels) */
+    int8_t slot[TILE];
+    int touched;
+} TileCorrections;
+
+static bool correct_tile(const Job *job, int64_t tile, int64_t first_channel, int64_t channels,
+                         TileCorrections *corrections) {
+    const Workspace *workspace = job->workspace;
+    const Layer *layer = job->shared->layer;
+    memset(corrections->slot, -1, sizeof corrections->slot);
+    corrections->touched = 0;
+    if (!workspace->first_correction)
+        return true;
+    int64_t first = workspace->first_correction[tile], end = workspace->first_correction[tile + 1];
+    for (int64_t i = first; i < end; i++) {
+        int8_t *slot = &corrections->slot[workspace->corrections[i].position % TILE];
+        if (*slot < 0)
+            *slot = (int8_t)corrections->touched++;
+    }
+    if (!corrections->touched)
+        return true;
+    if (!corrections->sums)
+        corrections->sums = malloc((size_t)(TILE * channels) * sizeof(int32_t));
+    if (!corrections->sums)
+        return false;
+    memset(corrections->sums, 0, (size_t)(corrections->touched * channels) * sizeof(int32_t));
+    for (int64_t i = first; i < end; i++) {
+        const Correction *correction = &workspace->corrections[i];
+        const Event *event = &workspace->events.list[correction->event];
+        int64_t quad = event->stream % layer->quads;
+        const uint32_t *raw =
+            layer->raw +
+            ((job->group * layer->taps + correction->tap) * layer->quads + quad) * layer->shape.n +
+            first_channel;
+        job->shared->ops->correct(raw, channels, event, &layer->rule,
+                                  corrections->sums +
+                                      corrections->slot[correction->position % TILE] * channels);
+    }
+    return true;
+}
+
+static void add_corrections(const TileCorrections *corrections, int64_t channels, int64_t first, int count,
+                            int32_t acc[BLOCK][TILE]) {
+    for (int position = 0; position < TILE; position++)
+        if (corrections->slot[position] >= 0)
+            for (int c = 0; c < count; c++)
+                acc[c][position] += corrections->sums[corrections->slot[position] * channels + first + c];
+}
+
+/* ---- where a tile goes ---- */
+
+typedef struct {
+    Run runs[TILE];
+    int run_count;
+    int64_t lane_to[TILE];
+} TilePlaces;
+
+/* Split a row's part of the tile into runs that stay within groups of 16 lanes. */
+static void add_runs(TilePlaces *places, int64_t lane, int64_t end, int64_t to) {
+    while (lane < end) {
+        int64_t stop = lane / 16 * 16 + 16 < end ? lane / 16 * 16 + 16 : end;
+        uint64_t lanes = (stop - lane == 64 ? ~0ull : (1ull << (stop - lane)) - 1) << lane;
+        Run *last = places->run_count ? &places->runs[places->run_count - 1] : NULL;
+        bool continues = last && 63 - __builtin_clzll(last->lanes) >= lane / 16 * 16 &&
+                         last->to + __builtin_popcountll(last->lanes) == to;
+        if (continues)
+            last->lanes |= lanes;
+        else
+            places->runs[places->run_count++] = (Run){to, lanes};
+        to += stop - lane;
+        lane = stop;
+    }
+}
+
+static void place_tile(const Job *job, int64_t tile, TilePlaces *places) {
+    const Geometry *geometry = &job->shared->geometry;
+    const Sink *sink = &geometry->sink;
+    int64_t position = tile * TILE, row = position / geometry->pitch,
+            start = row * geometry->pitch - position;
+    places->run_count = 0;
+    for (int lane = 0; lane < TILE; lane++)
+        places->lane_to[lane] = NOWHERE;
+    for (; row < job->rows && start < TILE; row++, start += geometry->pitch) {
+        Row at = geometry_row(geometry, job->first_row + row);
+        int64_t first = start < 0 ? -start : 0; /* column */
+        int64_t end = start + at.length < TILE ? at.length : TILE - start;
+        int64_t to = at.image * sink->stride_b + at.y * sink->stride_h + (at.x + first) * sink->stride_w;
+        if (sink->stride_w == 1 && first < end)
+            add_runs(places, start + first, start + end, to);
+        for (int64_t column = first; sink->stride_w != 1 && column < end; column++, to += sink->stride_w)
+            places->lane_to[start + column] = to;
+    }
+}
+
+/* ---- multiplying ---- */
+
+static void multiply_block(const Job *job, int64_t tile, int64_t block, int positions,
+                           int32_t acc[BLOCK][TILE]) {
+    const Shared *shared = job->shared;
+    const Layer *layer = shared->layer;
+    int64_t first = job->group * layer->shape.n + block * BLOCK;
+    int channels = layer->shape.n - block * BLOCK < BLOCK ? (int)(layer->shape.n - block * BLOCK) : BLOCK;
+    for (int c = 0; c < BLOCK; c++)
+        for (int i = 0; i < TILE; i++)
+            acc[c][i] = c < channels ? layer->offset[first + c] : 0;
+    for (int pass = 0; pass <= job->has_excess; pass++) {
+        MultiplyArguments multiply = {
+            .planes = job->workspace->planes[pass] + tile * TILE,
+            .plane_stride = plane_stride(shared),
+            .crowded = shared->needs_crowded ? job->workspace->crowded + tile * TILE : NULL,
+            .step_offset = shared->step_offset,
+            .layer = layer,
+            .dense = layer->dense +
+                     (job->group * layer->blocks + block) * layer->steps * form_words(layer->form) * BLOCK,
+            .first_entry = layer->first_entry + first,
+            .channels = channels,
+            .positions = positions,
+            .acc = acc};
+        shared->ops->multiply(&multiply);
+    }
+}
+
+/* All tiles of the job, for channel blocks first..end-1. */
+static void job_multiply(const Job *job, int64_t first, int64_t end) {
+    Shared *shared = job->shared;
+    const Layer *layer = shared->layer;
+    int64_t first_channel = first * BLOCK, positions = job_positions(job);
+    int64_t channels = (end * BLOCK < layer->shape.n ? end * BLOCK : layer->shape.n) - first_channel;
+    TileCorrections corrections = {.sums = NULL};
+    TilePlaces places;
+    _Alignas(64) int32_t acc[BLOCK][TILE];
+    for (int64_t tile = 0; tile * TILE < positions; tile++) {
+        int here = positions - tile * TILE < TILE ? (int)(positions - tile * TILE) : TILE;
+        place_tile(job, tile, &places);
+        if (!correct_tile(job, tile, first_channel, channels, &corrections)) {
+            fail(shared);
+            break;
+        }
+        for (int64_t block = first; block < end; block++) {
+            int count =
+                layer->shape.n - block * BLOCK < BLOCK ? (int)(layer->shape.n - block * BLOCK) : BLOCK;
+            multiply_block(job, tile, block, here, acc);
+            if (corrections.touched)
+                add_corrections(&corrections, channels, block * BLOCK - first_channel, count, acc);
+            StoreArguments store = {.sink = &shared->geometry.sink,
+                                    .first_channel = job->group * layer->shape.n + block * BLOCK,
+                                    .channels = count,
+                                    .positions = here,
+                                    .runs = places.runs,
+                                    .run_count = places.run_count,
+                                    .lane_to = places.lane_to,
+                                    .acc = (const int32_t (*)[TILE])acc};
+            shared->ops->store(&store);
+        }
+    }
+    free(corrections.sums);
+}
+
+/* ---- spreading over threads ---- */
+
+static Job make_job(Shared *shared, int64_t index, Workspace *workspace) {
+    Job job = {.shared = shared, .workspace = workspace, .group = index / shared->geometry.jobs};
+    geometry_job(&shared->geometry, index % shared->geometry.jobs, &job.first_row, &job.rows);
+    atomic_store(&workspace->events.count, 0);
+    return job;
+}
+
+/* Task: a whole job. */
+static void run_job(void *context, int64_t index) {
+    Shared *shared = context;
+    const Layer *layer = shared->layer;
+    Workspace *workspace = workspace_take(shared);
+    if (!workspace) {
+        fail(shared);
+        return;
+    }
+    Job job = make_job(shared, index, workspace);
+    job_stage(&job, 0, layer->shape.c);
+    if (layer->is_im2col)
+        job_im2col(&job, 0, layer->channels);
+    if (shared->count)
+        job_count(&job, 0, layer->quads);
+    job_pack(&job, 0, layer->quads, false);
+    job_settle_events(&job);
+    if (job.has_excess)
+        job_pack(&job, 0, layer->quads, true);
+    job_multiply(&job, 0, layer->blocks);
+    workspace_give(shared, workspace);
+}
+
+/* Where jobs are fewer than threads, each step of a job is shared out instead: channels, quads, blocks. */
+typedef struct {
+    Job *job;
+    void (*step)(const Job *job, int64_t first, int64_t end);
+    int64_t total, part;
+} Step;
+
+static void run_part(void *context, int64_t index) {
+    const Step *step = context;
+    int64_t first = index * step->part,
+            end = first + step->part < step->total ? first + step->part : step->total;
+    step->step(step->job, first, end);
+}
+
+static void run_step(Job *job, void (*function)(const Job *, int64_t, int64_t), int64_t total,
+                     int64_t granule, int cpu_threads) {
+    int64_t parts = cpu_threads > 1 ? 2 * (int64_t)cpu_threads : 1;
+    int64_t part = ((total + parts - 1) / parts + granule - 1) / granule * granule;
+    Step step = {job, function, total, part};
+    parallel_for((total + part - 1) / part, cpu_threads, run_part, &step);
+}
+
+static void pack_values(const Job *job, int64_t first, int64_t end) {
+    job_pack(job, first, end, false);
+}
+static void pack_excess(const Job *job, int64_t first, int64_t end) {
+    job_pack(job, first, end, true);
+}
+
+static void run_job_in_steps(Shared *shared, int64_t index, int cpu_threads) {
+    const Layer *layer = shared->layer;
+    Workspace *workspace = workspace_take(shared);
+    if (!workspace) {
+        fail(shared);
+        return;
+    }
+    Job job = make_job(shared, index, workspace);
+    run_step(&job, job_stage, layer->shape.c, 16, cpu_threads);
+    if (layer->is_im2col)
+        run_step(&job, job_im2col, layer->channels, 1, cpu_threads);
+    if (shared->count)
+        run_step(&job, job_count, layer->quads, 1, cpu_threads);
+    run_step(&job, pack_values, layer->quads, 1, cpu_threads);
+    job_settle_events(&job);
+    if (job.has_excess)
+        run_step(&job, pack_excess, layer->quads, 1, cpu_threads);
+    run_step(&job, job_multiply, layer->blocks, 1, cpu_threads);
+    workspace_give(shared, workspace);
+}
+
+/* ---- setting up ---- */
+
+static PlaneMasks mask_plane(const Plane *plane) {
+    PlaneMasks masks = {.is_exact = true};
+    for (int pattern = 0; pattern < PATTERNS; pattern++)
+        for (int byte = 0; byte < QUAD; byte++) {
+            Code code = plane->code[pattern][byte];
+            bool is_zero = !(pattern >> byte & 1);
+            masks.masks[code][pattern] |= 0xFFu << (8 * byte);
+            masks.uses[code] |= !is_zero;
+            masks.is_exact &= code == EXACT || is_zero;
+        }
+    return masks;
+}
+
+static bool prepare(Shared *shared) {
+    const Layer *layer = shared->layer;
+    const Geometry *geometry = &shared->geometry;
+    shared->masks = calloc((size_t)layer->plane_count + 1, sizeof *shared->masks);
+    shared->step_offset = calloc((size_t)layer->steps + 1, sizeof *shared->step_offset);
+    if (!shared->masks || !shared->step_offset)
+        return false;
+    bool reduces = false;
+    for (int i = 0; i < layer->plane_count; i++) {
+        shared->masks[i] = mask_plane(&layer->planes[i]);
+        reduces |= shared->masks[i].uses[REDUCED];
+    }
+    shared->needs_crowded = layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND;
+    shared->can_overflow = layer->raw && reduces;
+    int words = words_per_quad(layer);
+    for (int64_t step = 0; step < layer->steps; step++) {
+        const Tap *tap = &geometry->taps[step / words / layer->quads];
+        int64_t stream = (tap->phase * layer->quads + step / words % layer->quads) * words + step % words;
+        shared->step_offset[step] = (uint32_t)(stream * geometry->stride + tap_shift(geometry, tap));
+    }
+    return plane_stride(shared) <= UINT32_MAX;
+}
+
+static void release(Shared *shared) {
+    for (Workspace *next, *workspace = shared->spare; workspace; workspace = next) {
+        next = workspace->next;
+        workspace_release(workspace);
+    }
+    free(shared->masks);
+    free(shared->step_offset);
+    geometry_release(&shared->geometry);
+    pthread_mutex_destroy(&shared->lock);
+}
+
+bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, const Sink *sink,
+                int cpu_threads, bool count, Outcome *outcome) {
+    Shared shared = {.ops = ops, .layer = layer, .count = count, .lock = PTHREAD_MUTEX_INITIALIZER};
+    if (!geometry_make(&shared.geometry, layer, source, sink, cpu_threads))
+        return false;
+    bool is_ready = prepare(&shared);
+    int64_t jobs = shared.geometry.jobs * layer->shape.groups;
+    if (is_ready && jobs >= cpu_threads)
+        parallel_for(jobs, cpu_threads, run_job, &shared);
+    for (int64_t job = 0; is_ready && jobs < cpu_threads && job < jobs; job++)
+        run_job_in_steps(&shared, job, cpu_threads);
+    if (count) {
+        int64_t outputs = output_height(&layer->shape, source) * output_width(&layer->shape, source);
+        int64_t slots = source->batch * outputs * layer->shape.groups * layer->shape.n;
+        tally_finish(&shared.tally, &layer->rule, slots * slot_count(&layer->shape, &layer->rule), outcome);
+    }
+    outcome->saw_nonfinite |= shared.seen.nonfinite;
+    outcome->saw_negative |= shared.seen.negative;
+    bool is_done = is_ready && !shared.is_out_of_memory;
+    release(&shared);
+    return is_done;
+}

@@ -1,0 +1,118 @@
+/* What the vector paths share: geometry, staging, jobs, threads. A path brings the VectorOps. See README.md.
+ */
+#ifndef SYSMT_ENGINE_H
+#define SYSMT_ENGINE_H
+
+#include "kernels.h"
+#include "program.h"
+#include "tally.h"
+
+#include <stdatomic.h>
+
+enum {
+    TILE = 64,   /* output positions that are accumulated together */
+    STREAM = 64, /* packed streams are multiples of this many positions */
+};
+
+/* An activation whose reduced value needs nine bits: the plane holds one less. */
+typedef struct {
+    int32_t position; /* in the stream */
+    int32_t stream;   /* phase * quads + quad */
+    uint8_t byte, pattern;
+} Event;
+
+typedef struct {
+    Event *list;
+    int64_t capacity;
+    atomic_int_fast64_t count; /* goes on counting beyond the capacity */
+} Events;
+
+/* A plane's codes as AND-masks, looked up by the non-zero pattern of a quad. */
+typedef struct {
+    bool is_exact;       /* the activations as they are */
+    bool uses[WIDE + 1]; /* by Code */
+    uint32_t masks[WIDE + 1][PATTERNS];
+} PlaneMasks;
+
+/* One quad of channels of one phase: bytes in, planes out. */
+typedef struct {
+    const uint8_t *channel[QUAD];
+    int64_t positions; /* a multiple of STREAM */
+    const SlotRule *rule;
+    const PlaneMasks *planes;
+    int plane_count;
+    bool is_excess; /* pack what the ninth bit holds instead: 1 where a reduced value is one short */
+    uint32_t *out;  /* plane p at out + p * plane_stride; second word of the quad at + word_stride */
+    int64_t plane_stride, word_stride;
+    uint8_t *crowded; /* 255 where three or more activations are non-zero; NULL if not needed */
+    Events *events;   /* NULL if not needed */
+    int32_t stream;
+} PackArguments;
+
+/* One block of channels times one tile of positions, added to acc. */
+typedef struct {
+    const uint32_t *planes; /* at the tile's first position */
+    int64_t plane_stride;
+    const uint8_t *crowded;      /* likewise */
+    const uint32_t *step_offset; /* positions, by step */
+    const Layer *layer;
+    const uint32_t *dense;      /* of this block */
+    const int64_t *first_entry; /* of its first channel */
+    int channels;               /* 1..BLOCK */
+    int positions;              /* 1..TILE */
+    int32_t (*acc)[TILE];       /* (BLOCK, TILE) */
+} MultiplyArguments;
+
+#define NOWHERE INT64_MIN
+
+/* Where a tile's positions go: runs of neighbours in memory. */
+typedef struct {
+    int64_t to;     /* element offset */
+    uint64_t lanes; /* of the tile, one bit each, all within one group of 16 */
+} Run;
+
+typedef struct {
+    const Sink *sink;
+    int64_t first_channel; /* over all groups */
+    int channels, positions;
+    const Run *runs; /* used where the sink's rows are contiguous */
+    int run_count;
+    const int64_t *lane_to; /* (TILE): element offset, or NOWHERE; used elsewhere */
+    const int32_t (*acc)[TILE];
+} StoreArguments;
+
+typedef struct {
+    bool nonfinite, negative;
+} Seen;
+
+/* How activations become bytes. */
+typedef struct {
+    float inverse_scale;
+    bool is_signed;
+} Quantiser;
+
+/* What an instruction set has to offer. */
+typedef struct {
+    int word_operands; /* 4: planes of bytes; 2: planes of int16 */
+    void (*quantise_row)(const float *from, int64_t stride, int64_t count, const Quantiser *quantiser,
+                         uint8_t *to, Seen *seen);
+    /* count pixels of `channels` neighbours each, to[channel * channel_stride + pixel] */
+    void (*quantise_pixels)(const float *from, int64_t pixel_stride, int64_t count, int64_t channels,
+                            const Quantiser *quantiser, uint8_t *to, int64_t channel_stride, Seen *seen);
+    void (*transpose_pixels)(const uint8_t *from, int64_t pixel_stride, int64_t count, int64_t channels,
+                             uint8_t *to, int64_t channel_stride);
+    void (*pack)(const PackArguments *arguments);
+    /* Count the patterns of one slot's channels over count bytes; adds to counts (tally_length). */
+    void (*count)(const uint8_t *const channel[MAX_THREADS], int64_t count, int threads, bool is_signed,
+                  int32_t *counts);
+    void (*multiply)(const MultiplyArguments *arguments);
+    /* Add an event's missing 1 times the weight it meets, for n = 0..count-1. */
+    void (*correct)(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,
+                    int32_t *sums);
+    void (*store)(const StoreArguments *arguments);
+} VectorOps;
+
+bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, const Sink *sink,
+                int cpu_threads, bool count, Outcome *outcome);
+
+#endif

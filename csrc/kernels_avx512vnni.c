@@ -1,0 +1,585 @@
+/* AVX-512 with VNNI: planes of unsigned bytes, 16 positions per vector, vpdpbusd.
+ *
+ * A lane holds one quad of one position; the weights of that quad are one word, broadcast to all lanes.
+ */
+#include "engine.h"
+
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 9)
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,popcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,popcnt,prefer-vector-width=512")
+#endif
+
+#include <immintrin.h>
+#include <string.h>
+
+enum { LANES = 16 };
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? 0xFFFF : (__mmask16)((1u << count) - 1);
+}
+
+/* ---- quantising ---- */
+
+typedef struct {
+    __m512 inverse, low, high;
+    __mmask16 nonfinite, negative; /* of everything seen so far */
+} Rounder;
+
+INLINE Rounder make_rounder(const Quantiser *quantiser) {
+    return (Rounder){_mm512_set1_ps(quantiser->inverse_scale),
+                     _mm512_set1_ps(quantiser->is_signed ? -127 : 0),
+                     _mm512_set1_ps(quantiser->is_signed ? 127 : 255), 0, 0};
+}
+
+INLINE void note(const Rounder *rounder, Seen *seen) {
+    seen->nonfinite |= rounder->nonfinite != 0;
+    seen->negative |= rounder->negative != 0;
+}
+
+/* 16 floats to 16 bytes. */
+INLINE __m128i quantise(Rounder *rounder, __m512 x) {
+    enum { NAN_OR_INFINITE = 0x99 };
+    rounder->nonfinite |= _mm512_fpclass_ps_mask(x, NAN_OR_INFINITE);
+    rounder->negative |= _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    __m512 scaled = _mm512_mul_ps(x, rounder->inverse);
+    scaled = _mm512_max_ps(_mm512_min_ps(scaled, rounder->high), rounder->low);
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled));
+}
+
+/* Up to 16 floats, every second of memory; nothing behind the last is read. */
+INLINE __m512 load_even(const float *from, int64_t count) {
+    int64_t floats = 2 * count - 1;
+    __m512 low = _mm512_maskz_loadu_ps(first_lanes(floats), from);
+    __m512 high = _mm512_setzero_ps();
+    if (floats > 16)
+        high = _mm512_maskz_loadu_ps(first_lanes(floats - 16), from + 16);
+    __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(low, even, high);
+}
+
+INLINE __m512 load_strided(const float *from, int64_t stride, int64_t count) {
+    float values[LANES] = {0};
+    for (int64_t i = 0; i < count && i < LANES; i++)
+        values[i] = from[i * stride];
+    return _mm512_loadu_ps(values);
+}
+
+static void quantise_row(const float *from, int64_t stride, int64_t count, const Quantiser *quantiser,
+                         uint8_t *to, Seen *seen) {
+    Rounder rounder = make_rounder(quantiser);
+    for (int64_t i = 0; i < count; i += LANES) {
+        int64_t left = count - i < LANES ? count - i : LANES;
+        __m512 x = stride == 1   ? _mm512_maskz_loadu_ps(first_lanes(left), from + i)
+                   : stride == 2 ? load_even(from + 2 * i, left)
+                                 : load_strided(from + i * stride, stride, left);
+        __m128i bytes = quantise(&rounder, x);
+        if (left == LANES)
+            _mm_storeu_si128((__m128i *)(to + i), bytes);
+        else
+            _mm_mask_storeu_epi8(to + i, first_lanes(left), bytes);
+    }
+    note(&rounder, seen);
+}
+
+/* 16 vectors of 16 bytes, rows to columns: four rounds of perfect shuffles. */
+INLINE void transpose_bytes(__m128i rows[16]) {
+    UNROLL for (int round = 0; round < 4; round++) {
+        __m128i shuffled[16];
+        UNROLL for (int i = 0; i < 8; i++) {
+            shuffled[2 * i] = _mm_unpacklo_epi8(rows[i], rows[i + 8]);
+            shuffled[2 * i + 1] = _mm_unpackhi_epi8(rows[i], rows[i + 8]);
+        }
+        UNROLL for (int i = 0; i < 16; i++) rows[i] = shuffled[i];
+    }
+}
+
+INLINE void store_columns(const __m128i columns[16], int64_t pixels, int64_t channels, uint8_t *to,
+                          int64_t channel_stride) {
+    for (int64_t c = 0; c < channels && c < 16; c++)
+        _mm_mask_storeu_epi8(to + c * channel_stride, first_lanes(pixels), columns[c]);
+}
+
+static void quantise_pixels(const float *from, int64_t pixel_stride, int64_t count, int64_t channels,
+                            const Quantiser *quantiser, uint8_t *to, int64_t channel_stride, Seen *seen) {
+    Rounder rounder = make_rounder(quantiser);
+    for (int64_t i = 0; i < count; i += 16)
+        for (int64_t c = 0; c < channels; c += 16) {
+            __mmask16 present = first_lanes(channels - c);
+            __m128i rows[16];
+            UNROLL for (int p = 0; p < 16; p++) rows[p] =
+                i + p < count
+                    ? quantise(&rounder, _mm512_maskz_loadu_ps(present, from + (i + p) * pixel_stride + c))
+                    : _mm_setzero_si128();
+            transpose_bytes(rows);
+            store_columns(rows, count - i, channels - c, to + c * channel_stride + i, channel_stride);
+        }
+    note(&rounder, seen);
+}
+
+static void transpose_pixels(const uint8_t *from, int64_t pixel_stride, int64_t count, int64_t channels,
+                             uint8_t *to, int64_t channel_stride) {
+    for (int64_t i = 0; i < count; i += 16)
+        for (int64_t c = 0; c < channels; c += 16) {
+            __mmask16 present = first_lanes(channels - c);
+            __m128i rows[16];
+            UNROLL for (int p = 0; p < 16; p++) rows[p] =
+                i + p < count ? _mm_maskz_loadu_epi8(present, from + (i + p) * pixel_stride + c)
+                              : _mm_setzero_si128();
+            transpose_bytes(rows);
+            store_columns(rows, count - i, channels - c, to + c * channel_stride + i, channel_stride);
+        }
+}
+
+/* ---- packing ---- */
+
+/* 64 positions of four channels, byte by byte, to four vectors of 16 quads. */
+INLINE void interleave(const PackArguments *pack, int64_t at, __m512i quads[4]) {
+    __m512i c[QUAD];
+    UNROLL for (int byte = 0; byte < QUAD; byte++) c[byte] =
+        pack->channel[byte] ? _mm512_loadu_si512(pack->channel[byte] + at) : _mm512_setzero_si512();
+    __m512i low01 = _mm512_unpacklo_epi8(c[0], c[1]), high01 = _mm512_unpackhi_epi8(c[0], c[1]);
+    __m512i low23 = _mm512_unpacklo_epi8(c[2], c[3]), high23 = _mm512_unpackhi_epi8(c[2], c[3]);
+    /* Part k holds positions 4k..4k+3 of each 16: transpose the 4 x 4 matrix of 128-bit lanes. */
+    __m512i part0 = _mm512_unpacklo_epi16(low01, low23), part1 = _mm512_unpackhi_epi16(low01, low23);
+    __m512i part2 = _mm512_unpacklo_epi16(high01, high23), part3 = _mm512_unpackhi_epi16(high01, high23);
+    __m512i even01 = _mm512_shuffle_i32x4(part0, part1, 0x88),
+            odd01 = _mm512_shuffle_i32x4(part0, part1, 0xDD);
+    __m512i even23 = _mm512_shuffle_i32x4(part2, part3, 0x88),
+            odd23 = _mm512_shuffle_i32x4(part2, part3, 0xDD);
+    quads[0] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+    quads[1] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+    quads[2] = _mm512_shuffle_i32x4(even01, even23, 0xDD);
+    quads[3] = _mm512_shuffle_i32x4(odd01, odd23, 0xDD);
+}
+
+/* Bit b of a lane: byte b is not zero. */
+INLINE __m512i nonzero_pattern(__m512i quad) {
+    __m512i ones = _mm512_min_epu8(quad, _mm512_set1_epi8(1));
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_set1_epi32(0x08040201));
+}
+
+INLINE __mmask64 wide_bytes(__m512i quad, bool is_signed) {
+    if (is_signed)
+        return _mm512_cmpgt_epu8_mask(_mm512_add_epi8(quad, _mm512_set1_epi8(8)), _mm512_set1_epi8(15));
+    return _mm512_cmpgt_epu8_mask(quad, _mm512_set1_epi8(15));
+}
+
+/* Bytes whose reduced value needs nine bits (256, or +128). */
+INLINE __mmask64 overflowing_bytes(__m512i quad, bool is_signed) {
+    return is_signed ? _mm512_cmpgt_epi8_mask(quad, _mm512_set1_epi8(119))
+                     : _mm512_cmpgt_epu8_mask(quad, _mm512_set1_epi8((char)247));
+}
+
+/* The 4 high bits, rounded, of wide bytes (of all under policy S); one short where nine bits are needed. */
+INLINE __m512i reduce_bytes(__m512i quad, const SlotRule *rule) {
+    const __m512i high_bits = _mm512_set1_epi8((char)0xF0);
+    __m512i rounded = quad;
+    if (!rule->truncate) {
+        __m512i is_odd = _mm512_and_si512(_mm512_srli_epi16(quad, 4), _mm512_set1_epi8(1));
+        __m512i up = _mm512_add_epi8(is_odd, _mm512_set1_epi8(7));
+        rounded = rule->is_signed ? _mm512_adds_epi8(quad, up) : _mm512_adds_epu8(quad, up);
+    }
+    rounded = _mm512_and_si512(rounded, high_bits);
+    if (!rule->truncate && !rule->saturate)
+        rounded = _mm512_mask_mov_epi8(rounded, overflowing_bytes(quad, rule->is_signed),
+                                       _mm512_set1_epi8((char)(rule->is_signed ? 127 : 255)));
+    if (rule->reduces_always)
+        return rounded;
+    return _mm512_mask_mov_epi8(quad, wide_bytes(quad, rule->is_signed), rounded);
+}
+
+/* Note the overflowing bytes of 16 positions. */
+static void record_events(const PackArguments *pack, int64_t at, uint64_t bytes, __m512i patterns) {
+    uint32_t pattern[LANES];
+    _mm512_storeu_si512(pattern, patterns);
+    Events *events = pack->events;
+    int64_t index = atomic_fetch_add(&events->count, __builtin_popcountll(bytes));
+    for (; bytes && index < events->capacity; bytes &= bytes - 1, index++) {
+        int bit = __builtin_ctzll(bytes);
+        events->list[index] = (Event){(int32_t)(at + bit / QUAD), pack->stream, (uint8_t)(bit % QUAD),
+                                      (uint8_t)pattern[bit / QUAD]};
+    }
+}
+
+/* The bytes of each quad that a plane takes from one kind of value. */
+INLINE __m512i chosen(const PlaneMasks *plane, Code code, __m512i patterns, __m512i value) {
+    return _mm512_and_si512(value,
+                            _mm512_permutexvar_epi32(patterns, _mm512_loadu_si512(plane->masks[code])));
+}
+
+static void pack(const PackArguments *pack) {
+    const SlotRule *rule = pack->rule;
+    const __m512i bias = _mm512_set1_epi8((char)(rule->is_signed && !pack->is_excess ? 0x80 : 0));
+    bool reduces = false, uses_width = false;
+    for (int p = 0; p < pack->plane_count; p++) {
+        reduces |= pack->planes[p].uses[REDUCED];
+        uses_width |= pack->planes[p].uses[NARROW] || pack->planes[p].uses[WIDE];
+    }
+    for (int64_t at = 0; at < pack->positions; at += STREAM) {
+        __m512i quads[4];
+        interleave(pack, at, quads);
+        for (int part = 0; part < 4; part++) {
+            __m512i exact = quads[part], patterns = nonzero_pattern(exact), reduced = exact;
+            __m512i narrow = exact, wide = exact;
+            int64_t here = at + part * LANES;
+            if (reduces)
+                reduced = reduce_bytes(exact, rule);
+            if (uses_width) {
+                wide = _mm512_maskz_mov_epi8(wide_bytes(exact, rule->is_signed), exact);
+                narrow = _mm512_xor_si512(exact, wide);
+            }
+            if (pack->events) {
+                uint64_t bytes = overflowing_bytes(exact, rule->is_signed);
+                if (bytes)
+                    record_events(pack, here, bytes, patterns);
+            }
+            if (pack->is_excess) {
+                reduced = _mm512_maskz_set1_epi8(overflowing_bytes(exact, rule->is_signed), 1);
+                exact = narrow = wide = _mm512_setzero_si512();
+            }
+            if (pack->crowded) {
+                const __m512i crowded =
+                    _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0, -1, 0, -1, -1, -1);
+                _mm_storeu_si128((__m128i *)(pack->crowded + here),
+                                 _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(patterns, crowded)));
+            }
+            for (int p = 0; p < pack->plane_count; p++) {
+                const PlaneMasks *plane = &pack->planes[p];
+                __m512i value = exact;
+                if (!plane->is_exact) {
+                    value = chosen(plane, EXACT, patterns, exact);
+                    if (plane->uses[REDUCED])
+                        value = _mm512_or_si512(value, chosen(plane, REDUCED, patterns, reduced));
+                    if (plane->uses[NARROW])
+                        value = _mm512_or_si512(value, chosen(plane, NARROW, patterns, narrow));
+                    if (plane->uses[WIDE])
+                        value = _mm512_or_si512(value, chosen(plane, WIDE, patterns, wide));
+                }
+                _mm512_storeu_si512(pack->out + p * pack->plane_stride + here, _mm512_xor_si512(value, bias));
+            }
+        }
+    }
+}
+
+/* ---- counting ---- */
+
+INLINE int32_t ones(uint64_t bits) {
+    return __builtin_popcountll(bits);
+}
+
+/* Which of up to 64 bytes are not zero, and which are wide. */
+INLINE void classify(const uint8_t *bytes, int64_t count, bool is_signed, uint64_t *nonzero, uint64_t *wide) {
+    *nonzero = *wide = 0;
+    if (!bytes)
+        return;
+    __m512i v = count >= 64 ? _mm512_loadu_si512(bytes) : _mm512_maskz_loadu_epi8((1ull << count) - 1, bytes);
+    *nonzero = _mm512_test_epi8_mask(v, v);
+    *wide = wide_bytes(v, is_signed);
+}
+
+INLINE void count_slots(const uint8_t *const channel[MAX_THREADS], int64_t count, const int threads,
+                        bool is_signed, int32_t *counts) {
+    const int half = 1 << (threads - 1), subsets = 1 << threads;
+    for (int64_t at = 0; at < count; at += 64) {
+        uint64_t all[16], wide[MAX_THREADS];
+        all[0] = ~0ull;
+        UNROLL for (int t = 0; t < threads; t++) {
+            classify(channel[t] ? channel[t] + at : NULL, count - at, is_signed, &all[1 << t], &wide[t]);
+            UNROLL for (int rest = 1; rest < 1 << t; rest++) all[1 << t | rest] = all[1 << t] & all[rest];
+        }
+        UNROLL for (int set = 1; set < subsets; set++) counts[set] += ones(all[set]);
+        if (threads == 1)
+            continue;
+        UNROLL for (int t = 0; t < threads; t++) UNROLL for (int rest = 0; rest < half; rest++) {
+            int others = (rest & ((1 << t) - 1)) | (rest >> t) << (t + 1);
+            counts[subsets + t * half + rest] += ones(wide[t] & all[others]);
+        }
+    }
+}
+
+static void count(const uint8_t *const channel[MAX_THREADS], int64_t count, int threads, bool is_signed,
+                  int32_t *counts) {
+    if (threads == 4)
+        count_slots(channel, count, 4, is_signed, counts);
+    else if (threads == 2)
+        count_slots(channel, count, 2, is_signed, counts);
+    else
+        count_slots(channel, count, 1, is_signed, counts);
+}
+
+/* ---- multiplying ---- */
+
+/* The dense stream: `vectors` x BLOCK accumulators stay in registers over all steps. */
+INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, int64_t at, const int vectors, const Form form) {
+    const Layer *layer = multiply->layer;
+    const int words = form == FORM_PLAIN ? 1 : form == FORM_SELECT_BLEND ? 3 : 2;
+    const bool selects = form == FORM_SELECT || form == FORM_SELECT_BLEND;
+    const bool blends = form == FORM_BLEND || form == FORM_SELECT_BLEND;
+    const uint32_t *planes = multiply->planes + at;
+    const uint32_t *plane0 = planes + layer->dense_plane[0] * multiply->plane_stride;
+    const uint32_t *plane1 = planes + layer->dense_plane[1] * multiply->plane_stride;
+    const uint32_t *word = multiply->dense;
+    __m512i acc[BLOCK][2];
+    UNROLL for (int c = 0; c < BLOCK; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
+        _mm512_load_si512(&multiply->acc[c][at + v * LANES]);
+    for (int64_t step = 0; step < layer->steps; step++, word += words * BLOCK) {
+        int64_t offset = multiply->step_offset[step];
+        __m512i a0[2], a1[2];
+        __mmask16 crowded[2] = {0, 0};
+        UNROLL for (int v = 0; v < vectors; v++) {
+            a0[v] = _mm512_loadu_si512(plane0 + offset + v * LANES);
+            if (selects)
+                a1[v] = _mm512_loadu_si512(plane1 + offset + v * LANES);
+            if (blends)
+                crowded[v] = _mm_movepi8_mask(
+                    _mm_loadu_si128((const __m128i *)(multiply->crowded + at + offset + v * LANES)));
+        }
+        UNROLL for (int c = 0; c < BLOCK; c++) {
+            __m512i w = _mm512_set1_epi32((int)word[c]), w4 = w, mask = w;
+            if (blends)
+                w4 = _mm512_set1_epi32((int)word[BLOCK + c]);
+            if (selects)
+                mask = _mm512_set1_epi32((int)word[(words - 1) * BLOCK + c]);
+            UNROLL for (int v = 0; v < vectors; v++) {
+                enum { SELECT = 0xE4 }; /* C ? A : B */
+                __m512i a = selects ? _mm512_ternarylogic_epi32(a1[v], a0[v], mask, SELECT) : a0[v];
+                __m512i b = blends ? _mm512_mask_blend_epi32(crowded[v], w, w4) : w;
+                acc[c][v] = _mm512_dpbusd_epi32(acc[c][v], a, b);
+            }
+        }
+    }
+    UNROLL for (int c = 0; c < BLOCK; c++) UNROLL for (int v = 0; v < vectors; v++)
+        _mm512_store_si512(&multiply->acc[c][at + v * LANES], acc[c][v]);
+}
+
+INLINE void multiply_dense(const MultiplyArguments *multiply, const Form form) {
+    int at = 0;
+    for (; at + LANES < multiply->positions; at += 2 * LANES)
+        gemm_u8s8s32(multiply, at, 2, form);
+    if (at < multiply->positions)
+        gemm_u8s8s32(multiply, at, 1, form);
+}
+
+/* The entries of one channel; two sets of accumulators hide the latency. */
+INLINE void spmv_u8s8s32(const MultiplyArguments *multiply, int channel, const int vectors) {
+    const Entry *entry = multiply->layer->entries + multiply->first_entry[channel];
+    const Entry *end = multiply->layer->entries + multiply->first_entry[channel + 1];
+    __m512i acc[2][4];
+    UNROLL for (int v = 0; v < vectors; v++) {
+        acc[0][v] = _mm512_load_si512(&multiply->acc[channel][v * LANES]);
+        acc[1][v] = _mm512_setzero_si512();
+    }
+    for (; entry < end; entry += 2)
+        UNROLL for (int u = 0; u < 2; u++) {
+            if (u == 1 && entry + 1 == end)
+                break;
+            const uint32_t *a = multiply->planes + (entry[u].where >> STEP_BITS) * multiply->plane_stride +
+                                multiply->step_offset[entry[u].where & ((1u << STEP_BITS) - 1)];
+            __m512i w = _mm512_set1_epi32((int)entry[u].word);
+            UNROLL for (int v = 0; v < vectors; v++) acc[u][v] =
+                _mm512_dpbusd_epi32(acc[u][v], _mm512_loadu_si512(a + v * LANES), w);
+        }
+    UNROLL for (int v = 0; v < vectors; v++)
+        _mm512_store_si512(&multiply->acc[channel][v * LANES], _mm512_add_epi32(acc[0][v], acc[1][v]));
+}
+
+static void multiply(const MultiplyArguments *multiply) {
+    switch (multiply->layer->form) {
+    case FORM_PLAIN:
+        multiply_dense(multiply, FORM_PLAIN);
+        break;
+    case FORM_SELECT:
+        multiply_dense(multiply, FORM_SELECT);
+        break;
+    case FORM_BLEND:
+        multiply_dense(multiply, FORM_BLEND);
+        break;
+    case FORM_SELECT_BLEND:
+        multiply_dense(multiply, FORM_SELECT_BLEND);
+        break;
+    case FORM_NONE:
+        break;
+    }
+    int vectors = (multiply->positions + LANES - 1) / LANES;
+    for (int c = 0; c < multiply->channels; c++) {
+        if (multiply->first_entry[c] == multiply->first_entry[c + 1])
+            continue;
+        if (vectors == 4)
+            spmv_u8s8s32(multiply, c, 4);
+        else if (vectors == 3)
+            spmv_u8s8s32(multiply, c, 3);
+        else if (vectors == 2)
+            spmv_u8s8s32(multiply, c, 2);
+        else
+            spmv_u8s8s32(multiply, c, 1);
+    }
+}
+
+/* The weight that thread `byte` meets where its activation was reduced; 0 where it was not. */
+INLINE __m512i met_weight(__m512i raw, const Event *event, const SlotRule *rule) {
+    int threads = rule->threads, first = event->byte / threads * threads;
+    uint32_t slot = threads == 4 ? 0xFFFFFFFF : 0xFFFFu << (8 * first), active = 0;
+    for (int byte = 0; byte < QUAD; byte++)
+        active |= (uint32_t)(event->pattern >> byte & 1) << (8 * byte);
+    __m512i weight = _mm512_srai_epi32(_mm512_sll_epi32(raw, _mm_cvtsi32_si128(24 - 8 * event->byte)), 24);
+    __m512i pairs =
+        _mm512_and_si512(_mm512_min_epu8(raw, _mm512_set1_epi8(1)), _mm512_set1_epi32((int)(active & slot)));
+    __m512i contenders = rule->skips_zeros
+                             ? _mm512_dpbusd_epi32(_mm512_setzero_si512(), pairs, _mm512_set1_epi8(1))
+                             : _mm512_set1_epi32(threads);
+    __mmask16 is_wide =
+        _mm512_cmpgt_epu32_mask(_mm512_add_epi32(weight, _mm512_set1_epi32(8)), _mm512_set1_epi32(15));
+    __m512i is_odd = _mm512_and_si512(_mm512_srai_epi32(weight, 4), _mm512_set1_epi32(1));
+    __m512i reduced = _mm512_and_si512(
+        _mm512_add_epi32(weight, _mm512_add_epi32(is_odd, _mm512_set1_epi32(7))), _mm512_set1_epi32(-16));
+    __mmask16 is_reducible = rule->reduces_always ? 0xFFFF : is_wide;
+    __mmask16 at_more = _mm512_cmpge_epi32_mask(contenders, _mm512_set1_epi32(3));
+    __mmask16 at_two = _mm512_cmpeq_epi32_mask(contenders, _mm512_set1_epi32(2));
+    if (rule->reduces_weight)
+        at_two = 0;
+    if (rule->needs_both)
+        at_two &= is_wide;
+    __m512i met = _mm512_maskz_mov_epi32(at_two, weight);
+    met = _mm512_mask_mov_epi32(met, at_more, weight);
+    return _mm512_mask_mov_epi32(met, at_more & is_reducible, reduced);
+}
+
+static void correct(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,
+                    int32_t *sums) {
+    for (int64_t n = 0; n < count; n += LANES) {
+        __mmask16 present = first_lanes(count - n);
+        __m512i weights = met_weight(_mm512_maskz_loadu_epi32(present, raw + n), event, rule);
+        __m512i sum = _mm512_maskz_loadu_epi32(present, sums + n);
+        _mm512_mask_storeu_epi32(sums + n, present, _mm512_add_epi32(sum, weights));
+    }
+}
+
+/* ---- storing ---- */
+
+/* 16 sums of one channel, dequantised (or as they are): the bits that go to memory. */
+INLINE __m512i finish(const Sink *sink, int64_t channel, const int32_t *acc) {
+    __m512i sums = _mm512_load_si512(acc);
+    if (!sink->is_float)
+        return sums;
+    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(sink->scale[channel]));
+    if (sink->bias)
+        y = _mm512_add_ps(y, _mm512_set1_ps(sink->bias[channel]));
+    if (sink->relu)
+        y = _mm512_max_ps(_mm512_setzero_ps(), y);
+    return _mm512_castps_si512(y);
+}
+
+static void store_runs(const StoreArguments *store) {
+    for (int c = 0; c < store->channels; c++) {
+        int64_t channel = store->first_channel + c;
+        int32_t *to = (int32_t *)store->sink->data + channel * store->sink->stride_n;
+        int group = -1;
+        __m512i y = _mm512_setzero_si512();
+        for (int i = 0; i < store->run_count; i++) {
+            const Run *run = &store->runs[i];
+            int first = __builtin_ctzll(run->lanes) / LANES;
+            if (first != group)
+                y = finish(store->sink, channel, &store->acc[c][first * LANES]);
+            group = first;
+            __mmask16 lanes = (__mmask16)(run->lanes >> (first * LANES));
+            if (lanes == 0xFFFF)
+                _mm512_storeu_si512(to + run->to, y);
+            else
+                _mm512_mask_storeu_epi32(to + run->to, first_lanes(__builtin_popcount(lanes)),
+                                         _mm512_maskz_compress_epi32(lanes, y));
+        }
+    }
+}
+
+/* Channels next to each other: transpose 8 x 8, store a position at a time. */
+static void store_lanes(const StoreArguments *store) {
+    _Alignas(64) int32_t values[TILE][BLOCK];
+    for (int c = 0; c < store->channels; c++)
+        for (int at = 0; at < store->positions; at += LANES) {
+            const __m512i steps =
+                _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                   _mm512_set1_epi32(BLOCK));
+            _mm512_i32scatter_epi32(&values[at][c], steps,
+                                    finish(store->sink, store->first_channel + c, &store->acc[c][at]), 4);
+        }
+    int32_t *to = (int32_t *)store->sink->data + store->first_channel * store->sink->stride_n;
+    __mmask8 present = (__mmask8)((1u << store->channels) - 1);
+    for (int position = 0; position < store->positions; position++) {
+        int64_t at = store->lane_to[position];
+        if (at == NOWHERE)
+            continue;
+        if (store->sink->stride_n == 1)
+            _mm256_mask_storeu_epi32(to + at, present, _mm256_load_si256((const __m256i *)values[position]));
+        else
+            for (int c = 0; c < store->channels; c++)
+                to[at + c * store->sink->stride_n] = values[position][c];
+    }
+}
+
+static void store(const StoreArguments *store) {
+    if (store->sink->stride_w == 1)
+        store_runs(store);
+    else
+        store_lanes(store);
+}
+
+static const VectorOps OPS = {.word_operands = 4,
+                              .quantise_row = quantise_row,
+                              .quantise_pixels = quantise_pixels,
+                              .transpose_pixels = transpose_pixels,
+                              .pack = pack,
+                              .count = count,
+                              .multiply = multiply,
+                              .correct = correct,
+                              .store = store};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+static bool is_supported(void) {
+    __builtin_cpu_init(); /* includes what the operating system saves */
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("popcnt");
+}
+
+static bool run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
+                Outcome *outcome) {
+    return engine_run(&OPS, layer, source, sink, cpu_threads, count, outcome);
+}
+
+static Layer *pack_layer(const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
+                         const int32_t *k_of) {
+    return program_pack(shape, rule, weights, k_of, 4);
+}
+
+#else
+
+static bool is_supported(void) {
+    return false;
+}
+static Layer *pack_layer(const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
+                         const int32_t *k_of) {
+    (void)shape, (void)rule, (void)weights, (void)k_of;
+    return NULL;
+}
+static bool run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
+                Outcome *outcome) {
+    (void)layer, (void)source, (void)sink, (void)cpu_threads, (void)count, (void)outcome;
+    return false;
+}
+
+#endif
+
+const Path path_avx512vnni = {"avx512vnni", is_supported, pack_layer, run, program_bytes, program_release};

@@ -1,0 +1,505 @@
+/* The planner: from the slot rule and one layer's weights to planes and a program.
+ *
+ * For a given weight pattern of a slot, what a thread feeds the multiplier is a function of the activations
+ * alone. Each such function is a plane. A weight then contributes to at most two products: its exact value
+ * times one plane, and its reduced value times another. Everything the inner loops do not know (policies, T,
+ * rounding, signs) ends here.
+ */
+#include "program.h"
+#include "slot.h"
+#include "tally.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- planes ---- */
+
+/* How a weight meets its activation, by the number of active threads. */
+typedef enum {
+    WITH_EXACT,         /* where the multiplier takes the exact weight */
+    WITH_REDUCED,       /* where it takes the reduced weight */
+    WITH_EITHER,        /* everywhere: both weights are the same */
+    WITH_EITHER_SPARED, /* everywhere, and a 2-way collision spares the activation because the weight is
+                           narrow */
+    KINDS
+} Kind;
+
+static Code plane_code(const SlotRule *rule, Kind kind, int contenders) {
+    if (contenders <= 1)
+        return kind == WITH_REDUCED ? ZERO : EXACT;
+    if (contenders >= 3)
+        return kind == WITH_EXACT ? ZERO : REDUCED;
+    if (!rule->reduces_weight)
+        return kind == WITH_REDUCED ? ZERO : kind == WITH_EITHER_SPARED ? EXACT : REDUCED;
+    if (kind == WITH_EXACT)
+        return rule->needs_both ? NARROW : ZERO;
+    if (kind == WITH_REDUCED)
+        return rule->needs_both ? WIDE : EXACT;
+    return EXACT;
+}
+
+/* The plane for slots whose non-zero weights are `weight_pattern` (T bits). */
+static Plane make_plane(const SlotRule *rule, Kind kind, int weight_pattern) {
+    Plane plane = {0};
+    int threads = rule->threads;
+    for (int pattern = 0; pattern < PATTERNS; pattern++)
+        for (int byte = 0; byte < QUAD; byte++) {
+            if (!(pattern >> byte & 1))
+                continue; /* a zero stays zero */
+            int slot_pattern = pattern >> (byte / threads * threads) & ((1 << threads) - 1);
+            int active = __builtin_popcount((unsigned)(slot_pattern & weight_pattern));
+            plane.code[pattern][byte] = (uint8_t)plane_code(rule, kind, rule->skips_zeros ? active : threads);
+        }
+    return plane;
+}
+
+typedef struct {
+    Plane planes[MAX_PLANES];
+    int count;
+    int8_t known[PATTERNS][KINDS]; /* 0: not made yet; -1: all zero; else index + 1 */
+} PlaneSet;
+
+/* Index of a plane, made when first asked for; -1 if it is zero everywhere. */
+static int find_plane(PlaneSet *set, const SlotRule *rule, Kind kind, int weight_pattern) {
+    int8_t *known = &set->known[weight_pattern][kind];
+    if (!*known) {
+        Plane plane = make_plane(rule, kind, weight_pattern), zero = {0};
+        int index = 0;
+        while (index < set->count && memcmp(&set->planes[index], &plane, sizeof plane))
+            index++;
+        if (!memcmp(&plane, &zero, sizeof plane)) {
+            *known = -1;
+        } else {
+            if (index == set->count)
+                set->planes[set->count++] = plane;
+            *known = (int8_t)(index + 1);
+        }
+    }
+    return *known < 0 ? -1 : *known - 1;
+}
+
+/* ---- what one quad of weights contributes ---- */
+
+typedef struct {
+    int plane[2 * QUAD + 1];
+    int16_t value[2 * QUAD + 1][QUAD]; /* weights that meet this plane, 0 elsewhere */
+    int count;
+} Terms;
+
+static void add_term(Terms *terms, int plane, int byte, int value) {
+    if (plane < 0 || value == 0)
+        return;
+    int i = 0;
+    while (i < terms->count && terms->plane[i] != plane)
+        i++;
+    if (i == terms->count) {
+        terms->plane[terms->count++] = plane;
+        memset(terms->value[i], 0, sizeof terms->value[i]);
+    }
+    terms->value[i][byte] = (int16_t)value;
+}
+
+static int used_weight(int weight, const SlotRule *rule) {
+    return is_reducible(weight, true, rule) ? reduce_value(weight, true, rule) : weight;
+}
+
+static int slot_pattern_of(const int8_t weights[QUAD], int byte, int threads) {
+    int pattern = 0, first = byte / threads * threads;
+    for (int t = 0; t < threads; t++)
+        pattern |= (weights[first + t] != 0) << t;
+    return pattern;
+}
+
+/* The products of one quad, as (plane, four weights) pairs. */
+static Terms quad_terms(PlaneSet *set, const SlotRule *rule, const int8_t weights[QUAD]) {
+    Terms terms = {.count = 0};
+    for (int byte = 0; byte < QUAD; byte++) {
+        int exact = weights[byte], reduced = used_weight(exact, rule);
+        if (!exact)
+            continue;
+        int pattern = slot_pattern_of(weights, byte, rule->threads);
+        if (exact == reduced) {
+            bool is_spared = rule->needs_both && !is_reducible(exact, true, rule);
+            add_term(&terms, find_plane(set, rule, is_spared ? WITH_EITHER_SPARED : WITH_EITHER, pattern),
+                     byte, exact);
+        } else {
+            add_term(&terms, find_plane(set, rule, WITH_EXACT, pattern), byte, exact);
+            add_term(&terms, find_plane(set, rule, WITH_REDUCED, pattern), byte, reduced);
+        }
+    }
+    return terms;
+}
+
+/* ---- words ---- */
+
+/* Pack word `half` of a quad: four int8, or two of the four int16. */
+static uint32_t encode(const int16_t values[QUAD], int half, int word_operands) {
+    uint32_t word = 0;
+    int bits = 32 / word_operands;
+    for (int i = 0; i < word_operands; i++)
+        word |= ((uint32_t)values[half * word_operands + i] & ((1u << bits) - 1)) << (i * bits);
+    return word;
+}
+
+/* +128 does not fit eight bits: 127 goes into the word, and what is missing is returned as a second one. */
+static bool split_overflow(int16_t values[QUAD], int16_t rest[QUAD]) {
+    bool any = false;
+    for (int byte = 0; byte < QUAD; byte++) {
+        rest[byte] = values[byte] == 128;
+        values[byte] = (int16_t)(values[byte] - rest[byte]);
+        any |= rest[byte] != 0;
+    }
+    return any;
+}
+
+/* ---- the layer ---- */
+
+/* The four weights of output channel n at (tap, quad). */
+static void fetch_quad(const Layer *layer, const int8_t *weights, int64_t group, int64_t n, int64_t tap,
+                       int64_t quad, int8_t out[QUAD]) {
+    const int32_t *channel = layer->channel_of + (group * layer->quads + quad) * QUAD;
+    const int8_t *row = weights + (group * layer->shape.n + n) * layer->channels * layer->taps;
+    for (int byte = 0; byte < QUAD; byte++)
+        out[byte] = channel[byte] < 0 ? 0 : row[channel[byte] * layer->taps + tap];
+}
+
+/* Four activation patterns' worth of policy fit one blended word: all weights present, activations reduced.
+ */
+static bool can_blend(const SlotRule *rule, int word_operands) {
+    return rule->threads == 4 && rule->skips_zeros && !rule->reduces_weight &&
+           !(rule->is_signed && word_operands == 4);
+}
+
+static bool is_dense(const int8_t weights[QUAD]) {
+    return weights[0] && weights[1] && weights[2] && weights[3];
+}
+
+/* What the forms would cost, from a first look at all quads. */
+typedef struct {
+    int64_t quads, terms, of_plane[MAX_PLANES];
+    int64_t dense_quads, terms_beside_blend;
+} Census;
+
+static Census take_census(const Layer *layer, const int8_t *weights, PlaneSet *set) {
+    Census census = {0};
+    for (int64_t group = 0; group < layer->shape.groups; group++)
+        for (int64_t n = 0; n < layer->shape.n; n++)
+            for (int64_t tap = 0; tap < layer->taps; tap++)
+                for (int64_t quad = 0; quad < layer->quads; quad++) {
+                    int8_t w[QUAD];
+                    fetch_quad(layer, weights, group, n, tap, quad, w);
+                    Terms terms = quad_terms(set, &layer->rule, w);
+                    census.quads++;
+                    census.terms += terms.count;
+                    for (int i = 0; i < terms.count; i++)
+                        census.of_plane[terms.plane[i]]++;
+                    census.terms_beside_blend += is_dense(w) ? 0 : terms.count;
+                }
+    return census;
+}
+
+/* Measured on Zen 4, in vector multiply-accumulates per step and channel. */
+static const double COST_ENTRY = 1.5, COST_PLAIN = 1.0, COST_SELECT = 1.65, COST_BLEND = 1.6,
+                    COST_SELECT_BLEND = 2.1;
+
+static void choose_form(Layer *layer, const int8_t *weights) {
+    const SlotRule *rule = &layer->rule;
+    PlaneSet set = {.count = 0};
+    Census census = take_census(layer, weights, &set);
+    double best = COST_ENTRY * (double)census.terms, quads = (double)census.quads;
+    layer->form = FORM_NONE;
+    int plane = 0, second = -1;
+    for (int i = 1; i < set.count; i++)
+        if (census.of_plane[i] > census.of_plane[plane])
+            plane = i;
+    for (int i = 0; i < set.count; i++)
+        if (i != plane && (second < 0 || census.of_plane[i] > census.of_plane[second]))
+            second = i;
+    double plain = COST_PLAIN * quads + COST_ENTRY * (double)(census.terms - census.of_plane[plane]);
+    if (set.count && plain < best) {
+        best = plain;
+        layer->form = FORM_PLAIN;
+    }
+    if (rule->threads == 2 && !rule->reduces_weight && second >= 0 && COST_SELECT * quads < best) {
+        best = COST_SELECT * quads;
+        layer->form = FORM_SELECT;
+    }
+    double blend = (rule->needs_both ? COST_SELECT_BLEND : COST_BLEND) * quads +
+                   COST_ENTRY * (double)census.terms_beside_blend;
+    if (can_blend(rule, layer->word_operands) && blend < best)
+        layer->form = rule->needs_both ? FORM_SELECT_BLEND : FORM_BLEND;
+
+    /* The planes of the dense stream come first; the entries ask for more. */
+    PlaneSet chosen = {.count = 0};
+    if (layer->form == FORM_PLAIN || layer->form == FORM_SELECT)
+        chosen.planes[chosen.count++] = set.planes[plane];
+    if (layer->form == FORM_SELECT)
+        chosen.planes[chosen.count++] = set.planes[second];
+    if (layer->form == FORM_SELECT_BLEND)
+        find_plane(&chosen, rule, WITH_EITHER_SPARED, 15);
+    if (layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND)
+        find_plane(&chosen, rule, WITH_EITHER, 15);
+    memcpy(layer->planes, chosen.planes, sizeof layer->planes);
+    layer->plane_count = chosen.count;
+    layer->dense_plane[0] = 0;
+    layer->dense_plane[1] = chosen.count - 1;
+}
+
+/* Where the program is written; the first pass only counts entries. */
+typedef struct {
+    Layer *layer;
+    PlaneSet set;
+    int64_t entry; /* next */
+    bool is_counting;
+    int32_t word_sum; /* of the current channel */
+} Writer;
+
+static void write_entry(Writer *writer, int plane, int64_t quad_step, int16_t values[QUAD]) {
+    Layer *layer = writer->layer;
+    int halves = QUAD / layer->word_operands;
+    int16_t rest[QUAD];
+    bool overflows = layer->word_operands == 4 && split_overflow(values, rest);
+    for (int half = 0; half < halves; half++) {
+        uint32_t word = encode(values, half, layer->word_operands);
+        if (!word)
+            continue;
+        if (!writer->is_counting)
+            layer->entries[writer->entry] =
+                (Entry){(uint32_t)plane << STEP_BITS | (uint32_t)(quad_step * halves + half), word};
+        writer->entry++;
+    }
+    for (int byte = 0; byte < QUAD; byte++)
+        writer->word_sum += values[byte];
+    if (overflows)
+        write_entry(writer, plane, quad_step, rest);
+}
+
+static void write_dense(Writer *writer, uint32_t *block, int64_t quad_step, int lane, int part,
+                        const int16_t values[QUAD]) {
+    Layer *layer = writer->layer;
+    int halves = QUAD / layer->word_operands, words = form_words(layer->form);
+    for (int half = 0; half < halves && !writer->is_counting; half++)
+        block[((quad_step * halves + half) * words + part) * BLOCK + lane] =
+            encode(values, half, layer->word_operands);
+}
+
+/* A dense quad under FORM_BLEND: both weights side by side; which bytes a narrow weight spares. */
+static void write_blend(Writer *writer, uint32_t *block, int64_t quad_step, int lane, const int8_t w[QUAD]) {
+    const SlotRule *rule = &writer->layer->rule;
+    int16_t exact[QUAD], reduced[QUAD], mask[QUAD], rest[QUAD];
+    for (int byte = 0; byte < QUAD; byte++) {
+        exact[byte] = w[byte];
+        reduced[byte] = (int16_t)used_weight(w[byte], rule);
+        mask[byte] = is_reducible(w[byte], true, rule) ? -1 : 0;
+    }
+    if (writer->layer->word_operands == 4 && split_overflow(reduced, rest))
+        write_entry(writer, find_plane(&writer->set, rule, WITH_REDUCED, 15), quad_step, rest);
+    write_dense(writer, block, quad_step, lane, 0, exact);
+    write_dense(writer, block, quad_step, lane, 1, reduced);
+    if (writer->layer->form == FORM_SELECT_BLEND)
+        write_dense(writer, block, quad_step, lane, 2, mask);
+}
+
+/* Any other quad: terms whose plane the dense stream has go there, the rest become entries. */
+static void write_terms(Writer *writer, uint32_t *block, int64_t quad_step, int lane, const int8_t w[QUAD]) {
+    Layer *layer = writer->layer;
+    Terms terms = quad_terms(&writer->set, &layer->rule, w);
+    int16_t word[QUAD] = {0}, mask[QUAD] = {0};
+    bool has_streams = layer->form == FORM_PLAIN || layer->form == FORM_SELECT;
+    for (int i = 0; i < terms.count; i++) {
+        bool is_second = layer->form == FORM_SELECT && terms.plane[i] == layer->dense_plane[1];
+        if (!has_streams || !(terms.plane[i] == layer->dense_plane[0] || is_second)) {
+            write_entry(writer, terms.plane[i], quad_step, terms.value[i]);
+            continue;
+        }
+        int16_t rest[QUAD];
+        if (layer->word_operands == 4 && split_overflow(terms.value[i], rest))
+            write_entry(writer, terms.plane[i], quad_step, rest);
+        for (int byte = 0; byte < QUAD; byte++) {
+            word[byte] = (int16_t)(word[byte] + terms.value[i][byte]);
+            writer->word_sum += terms.value[i][byte];
+            mask[byte] = is_second && terms.value[i][byte] ? -1 : mask[byte];
+        }
+    }
+    if (has_streams)
+        write_dense(writer, block, quad_step, lane, 0, word);
+    if (layer->form == FORM_SELECT)
+        write_dense(writer, block, quad_step, lane, 1, mask);
+}
+
+static void write_channel(Writer *writer, const int8_t *weights, int64_t group, int64_t n) {
+    Layer *layer = writer->layer;
+    bool blends = layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND;
+    int64_t block_words = layer->steps * form_words(layer->form) * BLOCK;
+    uint32_t *block = layer->dense + (group * layer->blocks + n / BLOCK) * block_words;
+    writer->word_sum = 0;
+    for (int64_t step = 0; step < layer->taps * layer->quads; step++) {
+        int8_t w[QUAD];
+        fetch_quad(layer, weights, group, n, step / layer->quads, step % layer->quads, w);
+        if (blends && is_dense(w))
+            write_blend(writer, block, step, (int)(n % BLOCK), w);
+        else
+            write_terms(writer, block, step, (int)(n % BLOCK), w);
+    }
+}
+
+/* One pass over the weights; returns how many entries there are. */
+static int64_t write_program(Layer *layer, const int8_t *weights, bool is_counting) {
+    Writer writer = {.layer = layer, .is_counting = is_counting};
+    memcpy(writer.set.planes, layer->planes, sizeof layer->planes);
+    writer.set.count = layer->plane_count;
+    int64_t channels = layer->shape.groups * layer->shape.n;
+    for (int64_t i = 0; i < channels; i++) {
+        if (!is_counting)
+            layer->first_entry[i] = writer.entry;
+        write_channel(&writer, weights, i / layer->shape.n, i % layer->shape.n);
+        if (!is_counting)
+            layer->offset[i] = is_biased(layer) ? -128 * writer.word_sum : 0;
+    }
+    if (!is_counting) {
+        layer->first_entry[channels] = writer.entry;
+        memcpy(layer->planes, writer.set.planes, sizeof layer->planes);
+        layer->plane_count = writer.set.count;
+    }
+    return writer.entry;
+}
+
+/* Which channel stands at (quad, byte): channels of one slot, and of neighbouring slots where T < 4. */
+static void place_channels(Layer *layer, const int32_t *k_of) {
+    int threads = layer->rule.threads, per_quad = slots_per_quad(&layer->rule);
+    for (int64_t group = 0; group < layer->shape.groups; group++)
+        for (int64_t quad = 0; quad < layer->quads; quad++)
+            for (int byte = 0; byte < QUAD; byte++) {
+                int64_t slot = quad * per_quad + byte / threads,
+                        position = byte % threads * layer->slots + slot;
+                int32_t *channel = layer->channel_of + (group * layer->quads + quad) * QUAD + byte;
+                if (slot >= layer->slots)
+                    *channel = -1;
+                else if (layer->taps > 1)
+                    *channel = (int32_t)position; /* k = (t * C/T + slot) * taps + tap: plain order */
+                else
+                    *channel = k_of[group * threads * layer->slots + position];
+            }
+}
+
+/* Whether K is in plain order, so that slots can pair channels of the same pixel. */
+static bool is_plain_order(const ConvShape *shape, const int32_t *k_of, int64_t length) {
+    for (int64_t i = 0; i < shape->groups * length; i++)
+        if (k_of[i] != i % length)
+            return false;
+    return true;
+}
+
+static void count_weights(Layer *layer, const int8_t *weights) {
+    int threads = layer->rule.threads, length = tally_length(threads);
+    int32_t *counts = layer->tallies;
+    int64_t k = layer->channels * layer->taps;
+    for (int64_t group = 0; group < layer->shape.groups; group++)
+        for (int64_t tap = 0; tap < layer->taps; tap++)
+            for (int64_t quad = 0; quad < layer->quads; quad++)
+                for (int first = 0; first < QUAD; first += threads, counts += length) {
+                    const int32_t *channel = layer->channel_of + (group * layer->quads + quad) * QUAD + first;
+                    const int8_t *columns[MAX_THREADS] = {0};
+                    for (int t = 0; t < threads; t++)
+                        if (channel[t] >= 0)
+                            columns[t] =
+                                weights + group * layer->shape.n * k + channel[t] * layer->taps + tap;
+                    tally_weights(columns, layer->shape.n, k, threads, counts);
+                }
+}
+
+static void keep_raw(Layer *layer, const int8_t *weights) {
+    uint32_t *out = layer->raw;
+    for (int64_t group = 0; group < layer->shape.groups; group++)
+        for (int64_t tap = 0; tap < layer->taps; tap++)
+            for (int64_t quad = 0; quad < layer->quads; quad++)
+                for (int64_t n = 0; n < layer->shape.n; n++) {
+                    int8_t w[QUAD];
+                    fetch_quad(layer, weights, group, n, tap, quad, w);
+                    memcpy(out++, w, sizeof w);
+                }
+}
+
+static void *allocate(int64_t count, size_t size) {
+    size_t bytes = ((size_t)count * size + 127) / 64 * 64;
+    void *memory = aligned_alloc(64, bytes);
+    if (memory)
+        memset(memory, 0, bytes);
+    return memory;
+}
+
+/* Activations of 256 (or +128 biased) exist only where rounding goes up and bytes must hold the result. */
+static bool needs_ninth_bit(const Layer *layer) {
+    const SlotRule *rule = &layer->rule;
+    return layer->word_operands == 4 && rule->threads > 1 && !rule->saturate && !rule->truncate;
+}
+
+Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *weights, const int32_t *k_of,
+                    int word_operands) {
+    Layer *layer = calloc(1, sizeof *layer);
+    if (!layer)
+        return NULL;
+    int64_t taps = shape->kh * shape->kw, k = shape->c * taps,
+            length = slot_count(shape, rule) * rule->threads;
+    layer->shape = *shape;
+    layer->rule = *rule;
+    layer->word_operands = word_operands;
+    layer->is_im2col = taps > 1 && (shape->c % rule->threads || !is_plain_order(shape, k_of, length));
+    layer->channels = layer->is_im2col ? k : shape->c;
+    layer->taps = layer->is_im2col ? 1 : taps;
+    layer->slots = (layer->channels + rule->threads - 1) / rule->threads;
+    layer->quads = (layer->slots + slots_per_quad(rule) - 1) / slots_per_quad(rule);
+    layer->steps = layer->taps * layer->quads * (QUAD / word_operands);
+    layer->blocks = (shape->n + BLOCK - 1) / BLOCK;
+    int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
+    layer->channel_of = allocate(shape->groups * layer->quads * QUAD, sizeof *layer->channel_of);
+    layer->first_entry = allocate(outputs + 1, sizeof *layer->first_entry);
+    layer->offset = allocate(outputs, sizeof *layer->offset);
+    layer->tallies =
+        allocate(quads * slots_per_quad(rule) * tally_length(rule->threads), sizeof *layer->tallies);
+    if (needs_ninth_bit(layer))
+        layer->raw = allocate(quads * shape->n, sizeof *layer->raw);
+    if (!layer->channel_of || !layer->first_entry || !layer->offset || !layer->tallies ||
+        (needs_ninth_bit(layer) && !layer->raw)) {
+        program_release(layer);
+        return NULL;
+    }
+    place_channels(layer, k_of);
+    choose_form(layer, weights);
+    layer->dense = allocate(shape->groups * layer->blocks * layer->steps * form_words(layer->form) * BLOCK,
+                            sizeof *layer->dense);
+    layer->entries = allocate(write_program(layer, weights, true), sizeof *layer->entries);
+    if (!layer->dense || !layer->entries) {
+        program_release(layer);
+        return NULL;
+    }
+    write_program(layer, weights, false);
+    count_weights(layer, weights);
+    if (layer->raw)
+        keep_raw(layer, weights);
+    return layer;
+}
+
+size_t program_bytes(const Layer *layer) {
+    const ConvShape *shape = &layer->shape;
+    int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
+    int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * 12;
+    bytes += shape->groups * layer->blocks * layer->steps * form_words(layer->form) * BLOCK * 4;
+    bytes += layer->first_entry[outputs] * (int64_t)sizeof(Entry);
+    bytes += quads * slots_per_quad(&layer->rule) * tally_length(layer->rule.threads) * 4;
+    bytes += layer->raw ? quads * shape->n * 4 : 0;
+    return (size_t)bytes;
+}
+
+void program_release(Layer *layer) {
+    if (!layer)
+        return;
+    free(layer->channel_of);
+    free(layer->first_entry);
+    free(layer->offset);
+    free(layer->tallies);
+    free(layer->raw);
+    free(layer->dense);
+    free(layer->entries);
+    free(layer);
+}

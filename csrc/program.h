@@ -1,0 +1,85 @@
+/* What the vector paths make of a layer's weights: planes to pack and a program to run. See README.md. */
+#ifndef SYSMT_PROGRAM_H
+#define SYSMT_PROGRAM_H
+
+#include "kernels.h"
+
+enum {
+    QUAD = 4,        /* operands that are packed together: 4 / T slots */
+    PATTERNS = 16,   /* which of a quad's activations are non-zero */
+    BLOCK = 8,       /* output channels that share the loads of the dense stream */
+    MAX_PLANES = 64, /* more than any rule needs: 11 weight patterns of two or more times 4 kinds */
+};
+
+/* What a plane holds of an activation, given the non-zero pattern of its quad. */
+typedef enum { ZERO, EXACT, REDUCED, NARROW, WIDE } Code;
+
+typedef struct {
+    uint8_t code[PATTERNS][QUAD];
+} Plane;
+
+/* The dense stream's multiply-accumulate; 32-bit words per step and channel in brackets. */
+typedef enum {
+    FORM_NONE,         /* no dense stream */
+    FORM_PLAIN,        /* acc += P0 * w [w] */
+    FORM_SELECT,       /* acc += (mask ? P1 : P0) * w, byte by byte [w, mask] */
+    FORM_BLEND,        /* acc += P1 * (3 or more active ? w4 : w) [w, w4] */
+    FORM_SELECT_BLEND, /* both [w, w4, mask] */
+} Form;
+
+/* acc += plane[step] * word, for one output channel. */
+typedef struct {
+    uint32_t where; /* plane << STEP_BITS | step */
+    uint32_t word;
+} Entry;
+
+enum { STEP_BITS = 24 };
+
+struct Layer {
+    ConvShape shape;
+    SlotRule rule;
+    int word_operands; /* operands in a 32-bit word: 4 (8 bits each) or 2 (16 bits each) */
+    bool is_im2col;    /* k stands for the channel of a 1 x 1 convolution over the im2col matrix */
+
+    /* The convolution after lowering, per group. */
+    int64_t channels, taps;
+    int64_t slots, quads; /* per tap */
+    int32_t *channel_of;  /* (groups, quads, QUAD), -1 for padding */
+
+    /* The program. */
+    int64_t steps;  /* (tap, quad, word of the quad) */
+    int64_t blocks; /* of BLOCK channels, per group */
+    Form form;
+    int dense_plane[2];   /* P0, P1 */
+    uint32_t *dense;      /* (groups, blocks, steps, words of the form, BLOCK) */
+    Entry *entries;       /* sorted by (group, n) */
+    int64_t *first_entry; /* (groups * n + 1) */
+    int32_t *offset;      /* (groups * n): -128 * sum of the words, where planes are biased by 128; else 0 */
+    Plane planes[MAX_PLANES];
+    int plane_count;
+
+    /* For the counters and for rare activations that need 9 bits. */
+    int32_t *tallies; /* (groups, taps, quads, slots of a quad, tally_length) */
+    uint32_t *raw;    /* (groups, taps, quads, n): the four int8 weights; NULL where 9 bits fit */
+};
+
+/* Words of 4 8-bit or 2 16-bit operands; biased: signed activations are stored as value + 128. */
+Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *weights, const int32_t *k_of,
+                    int word_operands);
+size_t program_bytes(const Layer *layer);
+void program_release(Layer *layer);
+
+static inline int form_words(Form form) {
+    return form == FORM_NONE ? 0 : form == FORM_PLAIN ? 1 : form == FORM_SELECT_BLEND ? 3 : 2;
+}
+
+/* The planes are bytes, and signed activations are biased to make them unsigned. */
+static inline bool is_biased(const Layer *layer) {
+    return layer->rule.is_signed && layer->word_operands == 4;
+}
+
+static inline int slots_per_quad(const SlotRule *rule) {
+    return QUAD / rule->threads;
+}
+
+#endif

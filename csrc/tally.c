@@ -1,0 +1,141 @@
+#include "tally.h"
+#include "slot.h"
+
+#include <string.h>
+
+void tally_spread(int32_t *counts, int threads) {
+    int half = 1 << (threads - 1);
+    int32_t *spread = counts + subset_count(threads) + others_count(threads);
+    for (int t = 0; t < threads; t++)
+        for (int rest = 0; rest < half; rest++)
+            spread[t * half + rest] = counts[with_thread(t, rest)];
+}
+
+/* Turn counts of exact patterns into counts of supersets, in place. */
+static void sum_supersets(int32_t *counts, int bits) {
+    for (int bit = 0; bit < bits; bit++)
+        for (int set = 0; set < 1 << bits; set++)
+            if (!(set >> bit & 1))
+                counts[set] += counts[set | 1 << bit];
+}
+
+/* Remove bit t: the pattern of the others. */
+static int without_thread(int t, int set) {
+    return (set & ((1 << t) - 1)) | (set >> (t + 1)) << t;
+}
+
+void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t stride, int threads,
+                   int32_t *counts) {
+    int half = 1 << (threads - 1);
+    int32_t *wide = counts + subset_count(threads);
+    memset(counts, 0, (size_t)tally_length(threads) * sizeof *counts);
+    for (int64_t column = 0; column < n; column++) {
+        int pattern = 0, value[MAX_THREADS] = {0};
+        for (int t = 0; t < threads; t++) {
+            value[t] = weights[t] ? weights[t][column * stride] : 0;
+            pattern |= (value[t] != 0) << t;
+        }
+        counts[pattern]++;
+        for (int t = 0; t < threads; t++)
+            if (is_wide(value[t], true))
+                wide[t * half + without_thread(t, pattern)]++;
+    }
+    sum_supersets(counts, threads);
+    for (int t = 0; t < threads; t++)
+        sum_supersets(wide + t * half, threads - 1);
+    tally_spread(counts, threads);
+}
+
+static inline void add_products(int64_t *sums, const int32_t *a, const int32_t *w, int count) {
+    for (int i = 0; i < count; i++)
+        sums[i] += (int64_t)a[i] * w[i];
+}
+
+void tally_slot(Tally *tally, const int32_t *activations, const int32_t *weights, const SlotRule *rule) {
+    int subsets = subset_count(rule->threads), others = others_count(rule->threads);
+    const int32_t *a_wide = activations + subsets, *a_any = a_wide + others;
+    const int32_t *w_wide = weights + subsets, *w_any = w_wide + others;
+    add_products(tally->both, activations, weights, subsets);
+    if (rule->threads == 1 || rule->reduces_always)
+        return; /* nothing is reduced, or everything: the patterns suffice */
+    add_products(tally->wide_any, a_wide, w_any, others);
+    add_products(tally->any_wide, a_any, w_wide, others);
+    if (rule->needs_both)
+        add_products(tally->wide_wide, a_wide, w_wide, others);
+}
+
+void tally_merge(Tally *to, const Tally *from) {
+    for (int i = 0; i < MAX_SUBSETS; i++)
+        to->both[i] += from->both[i];
+    for (int i = 0; i < MAX_OTHERS; i++) {
+        to->wide_any[i] += from->wide_any[i];
+        to->any_wide[i] += from->any_wide[i];
+        to->wide_wide[i] += from->wide_wide[i];
+    }
+}
+
+static int count_bits(int set) {
+    return __builtin_popcount((unsigned)set);
+}
+
+static int64_t binomial(int n, int k) {
+    int64_t result = k <= n;
+    for (int i = 0; i < k; i++)
+        result = result * (n - i) / (i + 1);
+    return result;
+}
+
+/* From moments[j] = sum of binomial(c, j) to how often each c occurred: exact inversion. */
+static void invert_moments(const int64_t *moments, int top, int64_t *counts) {
+    for (int c = 0; c <= top; c++) {
+        counts[c] = 0;
+        for (int j = c; j <= top; j++)
+            counts[c] += ((j - c) % 2 ? -1 : 1) * binomial(j, c) * moments[j];
+    }
+}
+
+/* How many operands t, of the kind that `products` set apart, had o other active threads, for o = 0..T-1. */
+static void count_by_others(const int64_t *products, int threads, int64_t counts[MAX_THREADS]) {
+    int half = 1 << (threads - 1);
+    int64_t moments[MAX_THREADS] = {0};
+    for (int t = 0; t < threads; t++)
+        for (int rest = 0; rest < half; rest++)
+            moments[count_bits(rest)] += products[t * half + rest];
+    invert_moments(moments, threads - 1, counts);
+}
+
+/* Operands reduced: at a 2-way collision those of `at_two`, at more those of `at_more`. */
+static int64_t count_reduced(const int64_t *at_two, const int64_t *at_more, const SlotRule *rule) {
+    int64_t total = 0, two[MAX_THREADS] = {0}, more[MAX_THREADS];
+    if (at_two)
+        count_by_others(at_two, rule->threads, two);
+    count_by_others(at_more, rule->threads, more);
+    for (int others = 0; others < rule->threads; others++) {
+        int contenders = rule->skips_zeros ? others + 1 : rule->threads;
+        total += contenders == 2 ? two[others] : contenders >= 3 ? more[others] : 0;
+    }
+    return total;
+}
+
+void tally_finish(const Tally *tally, const SlotRule *rule, int64_t slots, Outcome *outcome) {
+    int threads = rule->threads;
+    int64_t moments[MAX_THREADS + 1] = {slots}, active[MAX_THREADS + 1];
+    for (int set = 1; set < subset_count(threads); set++)
+        moments[count_bits(set)] += tally->both[set];
+    invert_moments(moments, threads, active);
+    for (int c = 0; c <= threads; c++)
+        outcome->active[c] += active[c];
+    if (threads == 1)
+        return;
+    int64_t any_any[MAX_OTHERS]; /* both non-zero, from the patterns */
+    for (int t = 0, half = 1 << (threads - 1); t < threads; t++)
+        for (int rest = 0; rest < half; rest++)
+            any_any[t * half + rest] = tally->both[with_thread(t, rest)];
+    const int64_t *activations = rule->reduces_always ? any_any : tally->wide_any;
+    const int64_t *weights = rule->reduces_always ? any_any : tally->any_wide;
+    const int64_t *at_two = rule->needs_both       ? tally->wide_wide
+                            : rule->reduces_weight ? weights
+                                                   : activations;
+    outcome->reduced_activations += count_reduced(rule->reduces_weight ? NULL : at_two, activations, rule);
+    outcome->reduced_weights += count_reduced(rule->reduces_weight ? at_two : NULL, weights, rule);
+}
