@@ -53,7 +53,7 @@ class Loader:
         indices: np.ndarray,
         batch_size: int,
         augment: bool,
-        seed: int,
+        seed: tuple[int, int],
         num_classes: int,
         class_names: tuple[str, ...] | None,
     ) -> None:
@@ -69,7 +69,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         p = self._preprocessing
-        rng = np.random.default_rng([self._seed, 1])
+        rng = np.random.default_rng([*self._seed, 1])
         offsets = torch.from_numpy(rng.integers(0, 2 * p.pad_pixels + 1, (len(self._source), 2)))
         flips = torch.from_numpy(rng.random(len(self._source)) < 0.5)
         crop_seed = int(rng.integers(1 << 32)) if self._augment and p.random_resized_crop else None
@@ -141,6 +141,7 @@ class ImageData:
         augment: bool = False,
         shuffle: bool | None = None,
         seed: int | None = None,
+        epoch: int = 0,
     ) -> Loader:
         """Return batches of a split.
 
@@ -159,6 +160,8 @@ class ImageData:
             Mix the order by the seed; by default only of training images.
         seed : int, optional
             By default the data set's.
+        epoch : int
+            Another number gives the same images in another order and with other augmentation.
 
         Returns
         -------
@@ -180,14 +183,19 @@ class ImageData:
                 f"{self.name}: {wanted} images were asked for, the {split} split has {len(source)}",
                 stacklevel=2,
             )
-        order = np.random.default_rng([seed if split == "train" else 0, 0]).permutation(len(source))
-        chosen = order[:wanted]
-        if not shuffle:
-            chosen = np.sort(chosen)
-        elif split == "test":
-            chosen = np.random.default_rng([seed, 2]).permutation(chosen)
+        drawn = np.random.default_rng([seed if split == "train" else 0, 0]).permutation(len(source))
+        chosen = np.sort(drawn[:wanted])
+        if shuffle:
+            chosen = np.random.default_rng([seed, epoch, 2]).permutation(chosen)
         return Loader(
-            source, self.preprocessing, chosen, batch_size, augment, seed, self.num_classes, self.class_names
+            source,
+            self.preprocessing,
+            chosen,
+            batch_size,
+            augment,
+            (seed, epoch),
+            self.num_classes,
+            self.class_names,
         )
 
     def _source(self, split: str) -> ImageSource:
