@@ -25,6 +25,9 @@ __all__ = ["EXIT_ERROR", "Commands", "print_table", "root", "say"]
 EXIT_ERROR = 2
 """Something given was wrong, or could not be had or written."""
 
+EXIT_INTERRUPTED = 130
+"""Ctrl-C: 128 + SIGINT, as typer and shells have it."""
+
 _BARE = {"--recalibrate": "ema"}
 """Options that may stand without their value, and the value they then have."""
 
@@ -67,6 +70,8 @@ class Commands(TyperGroup):
             hint = f" (try '{context.command_path} --help')" if context else ""
             _fail(f"{error.format_message()}{hint}")
             code = EXIT_ERROR
+        if code == EXIT_INTERRUPTED:
+            _fail("interrupted")
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)

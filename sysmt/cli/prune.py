@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from sysmt.cli.options import MACHINE, NETWORK, takes
 from sysmt.config import parse_count
 from sysmt.errors import ConfigError
 from sysmt.study.run_config import RunConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["prune"]
 
@@ -51,8 +54,12 @@ def prune(
     config = RunConfig.from_record(chosen)
     steps = _steps(sparsity, schedule, pattern)
     epochs = parse_count(epochs, "epochs", minimum=0)
+    if len(steps) > 1 and not epochs:
+        raise ConfigError(
+            "a --schedule of several steps needs --epochs: without training its last step is all"
+        )
     from sysmt.nn.checkpoints import save_weights
-    from sysmt.nn.pruning import make_permanent, prune_model, sparsity_report
+    from sysmt.nn.pruning import make_permanent, prune_and_retrain, prune_model, sparsity_report
     from sysmt.nn.training import evaluate, train
     from sysmt.study.evaluate import open_workload
     from sysmt.study.results import check_writable
@@ -61,52 +68,56 @@ def prune(
     model, data = open_workload(config)
     for note in data.notes:
         say(note, "dim")
+    test = data.loader("test", batch_size=config.batch_size)
+    where = {"scope": scope, "first": first, "linear": linear}
+    training = {"lr": lr, "seed": config.seed, "batch_size": config.batch_size}
 
-    def top1() -> str:
-        loader = data.loader("test", batch_size=config.batch_size)
-        return f"{100 * evaluate(model, loader).top1:.2f}"
-
-    rows = [["as loaded", _share(sparsity_report(model)), top1(), "-"]]
-    for step in steps:
-        prune_model(model, step, scope=scope, pattern=pattern, first=first, linear=linear)
-        name = pattern or f"{step:.0%} of the pruned layers"
-        rows.append([name, _share(sparsity_report(model)), top1(), "-"])
+    rows: list[tuple[Any, ...]] = [
+        ("as loaded", _zeros(sparsity_report(model)), evaluate(model, test).top1, None)
+    ]
+    if epochs and pattern is None:
+        table = prune_and_retrain(model, data, steps, epochs, test=test, **where, **training)  # type: ignore[arg-type]
+        rows += [
+            (f"step {row.step}", row.sparsity, row.pruned_top1, row.test_top1) for row in table.itertuples()
+        ]
+    else:
+        prune_model(model, steps[0] if steps else None, pattern=pattern, **where)  # type: ignore[arg-type]
+        before, after = evaluate(model, test).top1, None
         if epochs:
-            train(model, data, epochs, lr=lr, batch_size=config.batch_size, seed=config.seed)
-            rows[-1][-1] = top1()
+            train(model, data, epochs, **training)  # type: ignore[arg-type]
+            after = evaluate(model, test).top1
+        rows.append((pattern or "pruned", _zeros(sparsity_report(model)), before, after))
     make_permanent(model)
     report = sparsity_report(model)
-    save_weights(
-        model,
-        out,
-        {
-            "model": config.model,
-            "sparsity": float(report["zeros"].sum() / report["weights"].sum()),
-            "steps": [step for step in steps if step is not None],
-            "pattern": pattern,
-            "scope": scope,
-            "epochs": epochs,
-            "layers": dict(zip(report["name"], report["sparsity"].astype(float), strict=True)),
-        },
-    )
-    print_table(["step", "zero weights\n%", "top-1\n%", "top-1 retrained\n%"], rows)
+    facts = {"model": config.model, "sparsity": _zeros(report), "steps": steps, "pattern": pattern}
+    facts |= {"scope": scope, "epochs": epochs, **training}
+    facts["layers"] = {
+        name: float(share) for name, share in zip(report["name"], report["sparsity"], strict=True)
+    }
+    save_weights(model, out, facts)
+    header = ["", "zero weights\n%", "top-1\n%", "retrained\ntop-1, %"]
+    print_table(header, [[row[0], *map(_percent, row[1:])] for row in rows])
     say(f"pruned weights are in {out}")
 
 
-def _steps(sparsity: float | None, schedule: str | None, pattern: str | None) -> list[float | None]:
-    """Return the sparsities to reach, in order; None where the pattern sets it."""
+def _steps(sparsity: float | None, schedule: str | None, pattern: str | None) -> list[float]:
+    """Return the sparsities to reach, in order; none where the pattern sets it."""
     if schedule is None:
-        return [sparsity if sparsity is not None or pattern is not None else 0.4]
+        if sparsity is not None:
+            return [sparsity]
+        return [0.4] if pattern is None else []
     if sparsity is not None or pattern is not None:
         raise ConfigError("--schedule excludes --sparsity and --pattern: its last entry is where it ends")
     try:
-        steps: list[float | None] = [float(part) for part in schedule.split(",")]
+        return [float(part) for part in schedule.split(",")]
     except ValueError:
         raise ConfigError(f"schedule={schedule!r} is no list of sparsities, such as 0.1,0.2,0.4") from None
-    if steps != sorted(steps):  # type: ignore[type-var]
-        raise ConfigError(f"schedule={schedule!r} must not fall: zero weights stay zero")
-    return steps
 
 
-def _share(report: Any) -> str:
-    return f"{100 * report['zeros'].sum() / report['weights'].sum():.1f}"
+def _zeros(report: pd.DataFrame) -> float:
+    """Share of zeros among all weights of Conv2d and Linear layers."""
+    return float(report["zeros"].sum() / report["weights"].sum())
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"

@@ -372,7 +372,8 @@ def summary_table(measurements: Sequence[Measurement]) -> pd.DataFrame:
                 "seconds": evaluation.seconds,
             }
         )
-    return pd.DataFrame(rows)
+    counts = [name for name in ("macs", "cycles") if name in rows[-1]]
+    return pd.DataFrame(rows).astype(dict.fromkeys(counts, "Int64"))  # integers, though float has none
 
 
 def layer_table(measurements: Sequence[Measurement]) -> pd.DataFrame:

@@ -29,6 +29,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 FLOAT_GREY = "#555555"
 
+LEAST_SPAN_POINTS = 2.0
+"""Least height of an accuracy axis, in percentage points."""
+
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -115,9 +118,12 @@ def plot_accuracy(summary: pd.DataFrame, path: str | Path, title: str = "") -> N
         axes.set_xlim(-0.5, len(places) - 0.5)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("top-1 accuracy, %")
-        axes.set_xlabel("threads, and MAC-weighted speedup of the simulated layers")
+        axes.set_xlabel("setting, and its MAC-weighted speedup")
         axes.set_title(title)
-        axes.legend(loc="best")
+        axes.legend(loc="best", title="bars: one s.e. of the\ndifference to float", title_fontsize="small")
+        low, high = axes.get_ylim()
+        missing = max(0.0, LEAST_SPAN_POINTS - (high - low)) / 2  # noise should not look like a cliff
+        axes.set_ylim(low - missing, high + missing)
 
 
 def plot_collisions(layers: pd.DataFrame, path: str | Path, title: str = "") -> None:

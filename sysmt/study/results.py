@@ -177,9 +177,13 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
         "processor": processor_name(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["sysmt", *sys.argv[1:]]) if _from_command_line() else None,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _from_command_line() -> bool:
+    return Path(sys.argv[0]).name in ("sysmt", "__main__.py")
 
 
 def _version(package: str) -> str | None:

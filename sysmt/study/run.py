@@ -101,7 +101,9 @@ def run_job(job: Job, directory: RunDirectory, plots: bool = True) -> Outcome:
     if outcome.measurements:
         record(outcome.status)
         if plots and len(outcome.measurements) > 1:
-            draw_run(directory.path, title=f"{job.config.model}, {job.data.name}, {job.config.policy}")
+            draw_run(
+                directory.path, title=f"{job.config.model} on {job.data.name}, policy {job.config.policy}"
+            )
     return outcome
 
 

@@ -1,0 +1,241 @@
+"""Points of a long study: each is on disk once it is measured, and a restart goes on with the next."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import shlex
+import sys
+import time
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tomli_w
+
+from sysmt.errors import ConfigError, OutputError
+from sysmt.study.results import RunDirectory, provenance, read_csv, read_toml
+
+__all__ = ["PointStore"]
+
+_POINTS = "points.csv"
+_CORRECT = "correct.npz"
+_CONFIG = "config.toml"
+_HEAD = """\
+[settings] decides whether a directory can be gone on with; the rest is for the record."""
+
+
+class PointStore:
+    """A study's directory: its settings in config.toml, a row per finished point in points.csv.
+
+    A directory that holds points of the same study with the same settings is gone on with; any other is
+    refused. Use it as a context manager: it notes at the end how the study went.
+
+    Parameters
+    ----------
+    path : str or Path
+        Missing, empty, or a directory that such a study wrote.
+    study : str
+        Name of the study.
+    settings : mapping
+        Every choice that its points depend on; plain values, as TOML has them.
+    keys : sequence of str
+        Columns whose values together tell one point from all others.
+
+    Attributes
+    ----------
+    path : Path
+
+    Raises
+    ------
+    OutputError
+        If the directory belongs to other settings, another study or a process that is writing to
+        it now, or cannot be written.
+    """
+
+    def __init__(
+        self, path: str | Path, study: str, settings: Mapping[str, Any], keys: Iterable[str]
+    ) -> None:
+        self._keys = tuple(keys)
+        asked = tomllib.loads(tomli_w.dumps({"study": study, "settings": settings}))
+        config = Path(path) / _CONFIG
+        earlier = read_toml(config) if config.is_file() else {}
+        if earlier:
+            _check_same(asked, earlier, path)
+        self._directory = RunDirectory(path, overwrite=bool(earlier))
+        self.path = self._directory.path
+        self._lock = self._take_lock()
+        self._record: dict[str, Any] = earlier | asked
+        self._record["made_by"] = provenance() | {"command": shlex.join(["python", *sys.argv])}
+        self._seconds = float(earlier.get("outcome", {}).get("seconds", 0.0))
+        self._start = time.monotonic()
+        self._rows: list[dict[str, Any]] = []
+        self._tables: dict[str, pd.DataFrame] = {}
+        self._correct: dict[str, np.ndarray] = {}
+        if (self.path / _POINTS).is_file():
+            self._read_points()
+        self._write_config("running")
+
+    def _take_lock(self) -> int:
+        """Lock the directory itself for this process; the system lets go however the process ends."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            raise OutputError(f"{self.path} is being written by another process; wait for its end") from error
+        return handle
+
+    def _read_points(self) -> None:
+        table = read_csv(self.path / _POINTS, self._keys)
+        self._rows = table.to_dict("records")
+        if (self.path / _CORRECT).is_file():
+            with np.load(self.path / _CORRECT) as content:
+                self._correct = {name: content[name] for name in content.files}
+
+    # -- points --------------------------------------------------------------------------------
+
+    def has(self, **key: Any) -> bool:
+        """Whether the point with this key is finished."""
+        name = self._name(key)
+        return any(self._name(row) == name for row in self._rows)
+
+    def add(
+        self,
+        values: Mapping[str, Any],
+        correct: np.ndarray | None = None,
+        tables: Mapping[str, pd.DataFrame] | None = None,
+    ) -> None:
+        """Write a finished point.
+
+        Parameters
+        ----------
+        values : mapping
+            The key's columns and what was measured.
+        correct : bool ndarray (images,), optional
+            For each test image, whether it was classified correctly; `correct` gives it back.
+        tables : mapping of str to DataFrame, optional
+            Further rows for NAME.csv, such as one per layer; the key's columns are put before them.
+        """
+        # points.csv comes last: a point is finished once everything that belongs to it is on disk.
+        for name, table in (tables or {}).items():
+            old = self._table(name)
+            new = table.assign(**{key: values[key] for key in self._keys})
+            new = new[[*self._keys, *(column for column in new if column not in self._keys)]]
+            self._tables[name] = new if old.empty else pd.concat([old, new], ignore_index=True)
+            self._directory.write_csv(f"{name}.csv", self._tables[name])
+        if correct is not None:
+            self._correct[self._name(values)] = np.packbits(correct)
+            with self._directory.file(_CORRECT) as temporary:
+                np.savez(temporary, **self._correct)  # type: ignore[arg-type]
+        self._rows.append(dict(values))
+        self._directory.write_csv(_POINTS, self.points())
+
+    def points(self) -> pd.DataFrame:
+        """Return the finished points, in the order in which they were measured."""
+        return pd.DataFrame(self._rows)
+
+    def correct(self, **key: Any) -> np.ndarray:
+        """Return which images a finished point classified correctly: bool (images,)."""
+        name = self._name(key)
+        images = next(int(row["images"]) for row in self._rows if self._name(row) == name)
+        return np.unpackbits(self._correct[name], count=images).astype(bool)
+
+    def _table(self, name: str) -> pd.DataFrame:
+        """Return NAME.csv as it is, without the rows of a point that was killed before its end."""
+        if name not in self._tables:
+            path = self.path / f"{name}.csv"
+            table = read_csv(path, self._keys) if path.is_file() else pd.DataFrame()
+            finished = {self._name(row) for row in self._rows}
+            keep = [self._name(row) in finished for row in table.to_dict("records")]
+            self._tables[name] = table[keep].reset_index(drop=True) if keep else table
+        return self._tables[name]
+
+    def _name(self, key: Mapping[str, Any]) -> str:
+        return " | ".join(str(key[column]) for column in self._keys)
+
+    # -- results -------------------------------------------------------------------------------
+
+    def identify(self, what: str, facts: Mapping[str, str]) -> None:
+        """Note what `what` is, such as hashes of weights and images; refuse if it was something else.
+
+        Raises
+        ------
+        ConfigError
+            If points of another one are here already.
+        """
+        identities = self._record.setdefault("identities", {})
+        known = identities.setdefault(what, dict(facts))
+        for name, value in facts.items():
+            if known.get(name) != value:
+                raise ConfigError(
+                    f"{what}: {name} is not what the points in {self.path} were measured with; "
+                    "name another directory"
+                )
+        self._write_config("running")
+
+    def write(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a table that follows from the points, whole."""
+        return self._directory.write_csv(name, table)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text that follows from the points, whole."""
+        with self._directory.file(name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return self.path / name
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this study so far, earlier runs included."""
+        return self._seconds + time.monotonic() - self._start
+
+    def _write_config(self, status: str) -> None:
+        self._record["outcome"] = {
+            "status": status,
+            "seconds": round(self.seconds, 1),
+            "points": len(self._rows),
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        self._directory.write_toml(_CONFIG, self._record, comment=_HEAD)
+
+    def __enter__(self) -> PointStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if value is None:
+            status = "complete"
+        else:
+            interrupted = isinstance(value, KeyboardInterrupt)
+            status = "interrupted" if interrupted else f"failed: {value or type(value).__name__}"
+        self._write_config(status)
+        os.close(self._lock)
+
+
+def _check_same(asked: Mapping[str, Any], earlier: Mapping[str, Any], path: str | Path) -> None:
+    """Raise unless a directory's study and settings are those asked for."""
+    if earlier.get("study") != asked["study"]:
+        raise OutputError(
+            f"{path} holds {earlier.get('study', 'no study')!r}, not {asked['study']!r}; name another directory"
+        )
+    flat_asked, flat_earlier = dict(_flat(asked["settings"])), dict(_flat(earlier.get("settings", {})))
+    for name in {**flat_earlier, **flat_asked}:
+        if flat_asked.get(name) != flat_earlier.get(name):
+            raise OutputError(
+                f"{path} holds points with {name} = {flat_earlier.get(name)!r}, now it is "
+                f"{flat_asked.get(name)!r}; name another directory, or delete this one"
+            )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
