@@ -284,7 +284,7 @@ static void job_settle_events(Job *job) {
 /* Sums to add to the channels of one tile, for the positions that events touch. */
 typedef struct {
     int32_t *sums; /* (touched, channels) */
-    int8_t slot[TILE];
+    int16_t slot[TILE];
     int touched;
 } TileCorrections;
 
@@ -298,9 +298,9 @@ static bool correct_tile(const Job *job, int64_t tile, int64_t first_channel, in
         return true;
     int64_t first = workspace->first_correction[tile], end = workspace->first_correction[tile + 1];
     for (int64_t i = first; i < end; i++) {
-        int8_t *slot = &corrections->slot[workspace->corrections[i].position % TILE];
+        int16_t *slot = &corrections->slot[workspace->corrections[i].position % TILE];
         if (*slot < 0)
-            *slot = (int8_t)corrections->touched++;
+            *slot = (int16_t)corrections->touched++;
     }
     if (!corrections->touched)
         return true;
@@ -341,17 +341,15 @@ typedef struct {
 } TilePlaces;
 
 /* Split a row's part of the tile into runs that stay within groups of 16 lanes. */
-static void add_runs(TilePlaces *places, int64_t lane, int64_t end, int64_t to) {
+static void add_runs(TilePlaces *places, int lane, int end, int64_t to) {
     while (lane < end) {
-        int64_t stop = lane / 16 * 16 + 16 < end ? lane / 16 * 16 + 16 : end;
-        uint64_t lanes = (stop - lane == 64 ? ~0ull : (1ull << (stop - lane)) - 1) << lane;
+        int first = lane / 16 * 16, stop = first + 16 < end ? first + 16 : end;
+        uint16_t lanes = (uint16_t)(((1u << (stop - lane)) - 1) << (lane - first));
         Run *last = places->run_count ? &places->runs[places->run_count - 1] : NULL;
-        bool continues = last && 63 - __builtin_clzll(last->lanes) >= lane / 16 * 16 &&
-                         last->to + __builtin_popcountll(last->lanes) == to;
-        if (continues)
+        if (last && last->first == first && last->to + __builtin_popcount(last->lanes) == to)
             last->lanes |= lanes;
         else
-            places->runs[places->run_count++] = (Run){to, lanes};
+            places->runs[places->run_count++] = (Run){to, first, lanes};
         to += stop - lane;
         lane = stop;
     }
@@ -371,7 +369,7 @@ static void place_tile(const Job *job, int64_t tile, TilePlaces *places) {
         int64_t end = start + at.length < TILE ? at.length : TILE - start;
         int64_t to = at.image * sink->stride_b + at.y * sink->stride_h + (at.x + first) * sink->stride_w;
         if (sink->stride_w == 1 && first < end)
-            add_runs(places, start + first, start + end, to);
+            add_runs(places, (int)(start + first), (int)(start + end), to);
         for (int64_t column = first; sink->stride_w != 1 && column < end; column++, to += sink->stride_w)
             places->lane_to[start + column] = to;
     }
@@ -385,9 +383,11 @@ static void multiply_block(const Job *job, int64_t tile, int64_t block, int posi
     const Layer *layer = shared->layer;
     int64_t first = job->group * layer->shape.n + block * BLOCK;
     int channels = layer->shape.n - block * BLOCK < BLOCK ? (int)(layer->shape.n - block * BLOCK) : BLOCK;
-    for (int c = 0; c < BLOCK; c++)
+    for (int c = 0; c < BLOCK; c++) {
+        int32_t offset = c < channels ? layer->offset[first + c] : 0;
         for (int i = 0; i < TILE; i++)
-            acc[c][i] = c < channels ? layer->offset[first + c] : 0;
+            acc[c][i] = offset;
+    }
     for (int pass = 0; pass <= job->has_excess; pass++) {
         MultiplyArguments multiply = {
             .planes = job->workspace->planes[pass] + tile * TILE,

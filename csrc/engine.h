@@ -10,7 +10,7 @@
 #include <stdatomic.h>
 
 enum {
-    TILE = 64,   /* output positions that are accumulated together */
+    TILE = 128,  /* output positions that are accumulated together */
     STREAM = 64, /* packed streams are multiples of this many positions */
 };
 
@@ -68,7 +68,8 @@ typedef struct {
 /* Where a tile's positions go: runs of neighbours in memory. */
 typedef struct {
     int64_t to;     /* element offset */
-    uint64_t lanes; /* of the tile, one bit each, all within one group of 16 */
+    int first;      /* lane of the tile, a multiple of 16 */
+    uint16_t lanes; /* of the 16 from there */
 } Run;
 
 typedef struct {

@@ -317,6 +317,12 @@ static void count(const uint8_t *const channel[MAX_THREADS], int64_t count, int 
 
 /* ---- multiplying ---- */
 
+/* Keep the compiler from folding a broadcast into a masked load, which costs a register move and a merge. */
+INLINE __m512i in_register(__m512i value) {
+    __asm__("" : "+v"(value));
+    return value;
+}
+
 /* The dense stream: `vectors` x BLOCK accumulators stay in registers over all steps. */
 INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, int64_t at, const int vectors, const Form form) {
     const Layer *layer = multiply->layer;
@@ -343,9 +349,9 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, int64_t at, const in
                     _mm_loadu_si128((const __m128i *)(multiply->crowded + at + offset + v * LANES)));
         }
         UNROLL for (int c = 0; c < BLOCK; c++) {
-            __m512i w = _mm512_set1_epi32((int)word[c]), w4 = w, mask = w;
+            __m512i w = in_register(_mm512_set1_epi32((int)word[c])), w4 = w, mask = w;
             if (blends)
-                w4 = _mm512_set1_epi32((int)word[BLOCK + c]);
+                w4 = in_register(_mm512_set1_epi32((int)word[BLOCK + c]));
             if (selects)
                 mask = _mm512_set1_epi32((int)word[(words - 1) * BLOCK + c]);
             UNROLL for (int v = 0; v < vectors; v++) {
@@ -369,26 +375,43 @@ INLINE void multiply_dense(const MultiplyArguments *multiply, const Form form) {
 }
 
 /* The entries of one channel; two sets of accumulators hide the latency. */
-INLINE void spmv_u8s8s32(const MultiplyArguments *multiply, int channel, const int vectors) {
+INLINE void spmv_u8s8s32(const MultiplyArguments *multiply, int channel, int at, const int vectors) {
     const Entry *entry = multiply->layer->entries + multiply->first_entry[channel];
     const Entry *end = multiply->layer->entries + multiply->first_entry[channel + 1];
-    __m512i acc[2][4];
+    const uint32_t *planes = multiply->planes + at;
+    __m512i acc[2][8];
     UNROLL for (int v = 0; v < vectors; v++) {
-        acc[0][v] = _mm512_load_si512(&multiply->acc[channel][v * LANES]);
+        acc[0][v] = _mm512_load_si512(&multiply->acc[channel][at + v * LANES]);
         acc[1][v] = _mm512_setzero_si512();
     }
     for (; entry < end; entry += 2)
         UNROLL for (int u = 0; u < 2; u++) {
             if (u == 1 && entry + 1 == end)
                 break;
-            const uint32_t *a = multiply->planes + (entry[u].where >> STEP_BITS) * multiply->plane_stride +
+            const uint32_t *a = planes + (entry[u].where >> STEP_BITS) * multiply->plane_stride +
                                 multiply->step_offset[entry[u].where & ((1u << STEP_BITS) - 1)];
             __m512i w = _mm512_set1_epi32((int)entry[u].word);
             UNROLL for (int v = 0; v < vectors; v++) acc[u][v] =
                 _mm512_dpbusd_epi32(acc[u][v], _mm512_loadu_si512(a + v * LANES), w);
         }
     UNROLL for (int v = 0; v < vectors; v++)
-        _mm512_store_si512(&multiply->acc[channel][v * LANES], _mm512_add_epi32(acc[0][v], acc[1][v]));
+        _mm512_store_si512(&multiply->acc[channel][at + v * LANES], _mm512_add_epi32(acc[0][v], acc[1][v]));
+}
+
+static void multiply_entries(const MultiplyArguments *multiply, int channel) {
+    int vectors = (multiply->positions + LANES - 1) / LANES, at = 0;
+    if (vectors == 8) {
+        spmv_u8s8s32(multiply, channel, 0, 8);
+        return;
+    }
+    for (; vectors >= 4; vectors -= 4, at += 4 * LANES)
+        spmv_u8s8s32(multiply, channel, at, 4);
+    if (vectors == 3)
+        spmv_u8s8s32(multiply, channel, at, 3);
+    else if (vectors == 2)
+        spmv_u8s8s32(multiply, channel, at, 2);
+    else if (vectors == 1)
+        spmv_u8s8s32(multiply, channel, at, 1);
 }
 
 static void multiply(const MultiplyArguments *multiply) {
@@ -408,19 +431,9 @@ static void multiply(const MultiplyArguments *multiply) {
     case FORM_NONE:
         break;
     }
-    int vectors = (multiply->positions + LANES - 1) / LANES;
-    for (int c = 0; c < multiply->channels; c++) {
-        if (multiply->first_entry[c] == multiply->first_entry[c + 1])
-            continue;
-        if (vectors == 4)
-            spmv_u8s8s32(multiply, c, 4);
-        else if (vectors == 3)
-            spmv_u8s8s32(multiply, c, 3);
-        else if (vectors == 2)
-            spmv_u8s8s32(multiply, c, 2);
-        else
-            spmv_u8s8s32(multiply, c, 1);
-    }
+    for (int c = 0; c < multiply->channels; c++)
+        if (multiply->first_entry[c] < multiply->first_entry[c + 1])
+            multiply_entries(multiply, c);
 }
 
 /* The weight that thread `byte` meets where its activation was reduced; 0 where it was not. */
@@ -485,16 +498,14 @@ static void store_runs(const StoreArguments *store) {
         __m512i y = _mm512_setzero_si512();
         for (int i = 0; i < store->run_count; i++) {
             const Run *run = &store->runs[i];
-            int first = __builtin_ctzll(run->lanes) / LANES;
-            if (first != group)
-                y = finish(store->sink, channel, &store->acc[c][first * LANES]);
-            group = first;
-            __mmask16 lanes = (__mmask16)(run->lanes >> (first * LANES));
-            if (lanes == 0xFFFF)
+            if (run->first != group)
+                y = finish(store->sink, channel, &store->acc[c][run->first]);
+            group = run->first;
+            if (run->lanes == 0xFFFF)
                 _mm512_storeu_si512(to + run->to, y);
             else
-                _mm512_mask_storeu_epi32(to + run->to, first_lanes(__builtin_popcount(lanes)),
-                                         _mm512_maskz_compress_epi32(lanes, y));
+                _mm512_mask_storeu_epi32(to + run->to, first_lanes(__builtin_popcount(run->lanes)),
+                                         _mm512_maskz_compress_epi32(run->lanes, y));
         }
     }
 }
