@@ -1,0 +1,178 @@
+"""Layers of a topology on the array: operands drawn or read, and everything that is known of a layer then."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from sysmt.config import ArrayConfig, parse_count
+from sysmt.errors import ConfigError, OperandError
+from sysmt.hw.energy import EnergyTable
+from sysmt.hw.events import EventCounts, count_events
+from sysmt.hw.gemm import simulate_gemm
+from sysmt.hw.layer import Layer
+from sysmt.hw.memory import Memory, Traffic, layer_traffic
+from sysmt.hw.stats import GemmStats
+
+__all__ = ["LayerResult", "draw_operands", "read_operands", "simulate_layer"]
+
+SPREAD = 4.0
+"""Standard deviations from 0 to the largest code, in drawn operands."""
+
+Operands = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerResult:
+    """One layer, simulated.
+
+    Attributes
+    ----------
+    layer : Layer
+    config : ArrayConfig
+    memory : Memory
+    stats : GemmStats
+    traffic : Traffic
+    events : EventCounts
+    energy : dict of str to float
+        By what spends it, in the table's unit.
+    area : float or None
+        As the table gives it.
+    """
+
+    layer: Layer
+    config: ArrayConfig
+    memory: Memory
+    stats: GemmStats
+    traffic: Traffic
+    events: EventCounts
+    energy: dict[str, float]
+    area: float | None
+
+    @property
+    def total_energy(self) -> float:
+        """Energy in the table's unit."""
+        return sum(self.energy.values())
+
+    @property
+    def energy_delay(self) -> float:
+        """Energy times cycles, stalls included."""
+        return self.total_energy * self.traffic.cycles
+
+
+def simulate_layer(
+    layer: Layer,
+    operands: Operands,
+    config: ArrayConfig,
+    memory: Memory,
+    table: EnergyTable,
+    cpu_threads: int = 1,
+) -> LayerResult:
+    """Run one layer on the array, and derive traffic, events and energy.
+
+    Parameters
+    ----------
+    layer : Layer
+    operands : (ndarray (M, K), ndarray (K, N))
+        As `sysmt.simulate_gemm` takes them.
+    config : ArrayConfig
+    memory : Memory
+    table : EnergyTable
+    cpu_threads : int
+        The result does not depend on it.
+
+    Raises
+    ------
+    OperandError
+        Naming the layer, if the operands do not fit it, or K is too large.
+    """
+    a, b = operands
+    if a.shape != (layer.m, layer.k) or b.shape != (layer.k, layer.n):
+        raise OperandError(
+            f"layer {layer.name!r}: operands have shapes {a.shape} and {b.shape}; "
+            f"({layer.m}, {layer.k}) and ({layer.k}, {layer.n}) are needed"
+        )
+    try:
+        stats = simulate_gemm(a, b, config, cpu_threads=cpu_threads).stats
+    except OperandError as error:
+        raise OperandError(f"layer {layer.name!r}: {error}") from None
+    events = count_events(stats, layer, config, memory)
+    return LayerResult(
+        layer,
+        config,
+        memory,
+        stats,
+        layer_traffic(layer, config, memory),
+        events,
+        table.energy(events, config, memory),
+        table.area(config),
+    )
+
+
+def draw_operands(
+    layer: Layer, activation_density: float, weight_density: float, seed: int | Iterable[int] = 0
+) -> Operands:
+    """Draw operands that look like a trained layer's.
+
+    Input pixels are half-normal in 1..255 and weights normal in ±1..±127, the largest code at four
+    standard deviations; each is zero with probability 1 - density. Where the layer has an N:M density, all
+    but N of every M weights in a row along K are zero besides. Overlapping windows share their pixels.
+
+    Parameters
+    ----------
+    layer : Layer
+    activation_density, weight_density : float
+        Share of non-zero values, in [0, 1].
+    seed : int or iterable of int
+
+    Returns
+    -------
+    a_mk : uint8 ndarray (M, K)
+    b_kn : int8 ndarray (K, N)
+
+    Raises
+    ------
+    ConfigError
+        If a density is outside [0, 1] or the seed is negative.
+    """
+    for field, density in (("activation_density", activation_density), ("weight_density", weight_density)):
+        if not 0 <= density <= 1:
+            raise ConfigError(f"{field}={density} is out of range; it must be in [0, 1]")
+    seeds = [parse_count(part, "seed", minimum=0) for part in ([seed] if isinstance(seed, int) else seed)]
+    rng = np.random.default_rng(seeds)
+    size = (layer.channels, *layer.ifmap)
+    pixels = np.clip(np.rint(np.abs(rng.standard_normal(size)) * (255 / SPREAD)), 1, 255)
+    pixels *= rng.random(size) < activation_density
+    weights = rng.standard_normal((layer.k, layer.n)) * (127 / SPREAD)
+    weights = np.copysign(np.clip(np.rint(np.abs(weights)), 1, 127), weights)
+    weights *= rng.random(weights.shape) < weight_density
+    kept, of = layer.density
+    if kept < of:
+        ranks = rng.random((-(-layer.k // of), of, layer.n)).argsort(axis=1).argsort(axis=1)
+        weights *= (ranks < kept).reshape(-1, layer.n)[: layer.k]
+    return layer.im2col(pixels.astype(np.uint8)), weights.astype(np.int8)
+
+
+def read_operands(layer: Layer, directory: str | Path) -> Operands:
+    """Read a layer's operands from ``<directory>/<layer>.a_mk.npy`` and ``<layer>.b_kn.npy``.
+
+    Raises
+    ------
+    OperandError
+        If a file is missing, is no plain .npy matrix, or has another shape than the layer.
+    """
+    a, b = (_read(Path(directory) / f"{layer.name}.{part}.npy") for part in ("a_mk", "b_kn"))
+    return a, b
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        matrix = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise OperandError(f"{path} cannot be read as a plain .npy array: {error}") from error
+    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2:
+        raise OperandError(f"{path} holds {getattr(matrix, 'shape', 'no single array')}; a matrix is needed")
+    return matrix
