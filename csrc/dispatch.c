@@ -2,7 +2,7 @@
 #include "kernels.h"
 
 int list_paths(const Path *paths[MAX_PATHS]) {
-    static const Path *const best_first[] = {&path_avx512vnni, &path_scalar};
+    static const Path *const best_first[] = {&path_avx512vnni, &path_avx2, &path_scalar};
     int count = 0;
     for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++)
         if (best_first[i]->is_supported())

@@ -106,6 +106,7 @@ typedef struct {
     /* Count the patterns of one slot's channels over count bytes; adds to counts (tally_length). */
     void (*count)(const uint8_t *const channel[MAX_THREADS], int64_t count, int threads, bool is_signed,
                   int32_t *counts);
+    void (*tally)(Tally *tally, const int32_t *activations, const int32_t *weights, const SlotRule *rule);
     void (*multiply)(const MultiplyArguments *arguments);
     /* Add an event's missing 1 times the weight it meets, for n = 0..count-1. */
     void (*correct)(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,

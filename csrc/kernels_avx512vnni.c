@@ -3,6 +3,7 @@
  * A lane holds one quad of one position; the weights of that quad are one word, broadcast to all lanes.
  */
 #include "engine.h"
+#include "transpose.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 9)
 
@@ -87,18 +88,6 @@ static void quantise_row(const float *from, int64_t stride, int64_t count, const
             _mm_mask_storeu_epi8(to + i, first_lanes(left), bytes);
     }
     note(&rounder, seen);
-}
-
-/* 16 vectors of 16 bytes, rows to columns: four rounds of perfect shuffles. */
-INLINE void transpose_bytes(__m128i rows[16]) {
-    UNROLL for (int round = 0; round < 4; round++) {
-        __m128i shuffled[16];
-        UNROLL for (int i = 0; i < 8; i++) {
-            shuffled[2 * i] = _mm_unpacklo_epi8(rows[i], rows[i + 8]);
-            shuffled[2 * i + 1] = _mm_unpackhi_epi8(rows[i], rows[i + 8]);
-        }
-        UNROLL for (int i = 0; i < 16; i++) rows[i] = shuffled[i];
-    }
 }
 
 INLINE void store_columns(const __m128i columns[16], int64_t pixels, int64_t channels, uint8_t *to,
@@ -271,10 +260,6 @@ static void pack(const PackArguments *pack) {
 
 /* ---- counting ---- */
 
-INLINE int32_t ones(uint64_t bits) {
-    return __builtin_popcountll(bits);
-}
-
 /* Which of up to 64 bytes are not zero, and which are wide. */
 INLINE void classify(const uint8_t *bytes, int64_t count, bool is_signed, uint64_t *nonzero, uint64_t *wide) {
     *nonzero = *wide = 0;
@@ -285,34 +270,10 @@ INLINE void classify(const uint8_t *bytes, int64_t count, bool is_signed, uint64
     *wide = wide_bytes(v, is_signed);
 }
 
-INLINE void count_slots(const uint8_t *const channel[MAX_THREADS], int64_t count, const int threads,
-                        bool is_signed, int32_t *counts) {
-    const int half = 1 << (threads - 1), subsets = 1 << threads;
-    for (int64_t at = 0; at < count; at += 64) {
-        uint64_t all[16], wide[MAX_THREADS];
-        all[0] = ~0ull;
-        UNROLL for (int t = 0; t < threads; t++) {
-            classify(channel[t] ? channel[t] + at : NULL, count - at, is_signed, &all[1 << t], &wide[t]);
-            UNROLL for (int rest = 1; rest < 1 << t; rest++) all[1 << t | rest] = all[1 << t] & all[rest];
-        }
-        UNROLL for (int set = 1; set < subsets; set++) counts[set] += ones(all[set]);
-        if (threads == 1)
-            continue;
-        UNROLL for (int t = 0; t < threads; t++) UNROLL for (int rest = 0; rest < half; rest++) {
-            int others = (rest & ((1 << t) - 1)) | (rest >> t) << (t + 1);
-            counts[subsets + t * half + rest] += ones(wide[t] & all[others]);
-        }
-    }
-}
+#include "count_slots.h"
 
-static void count(const uint8_t *const channel[MAX_THREADS], int64_t count, int threads, bool is_signed,
-                  int32_t *counts) {
-    if (threads == 4)
-        count_slots(channel, count, 4, is_signed, counts);
-    else if (threads == 2)
-        count_slots(channel, count, 2, is_signed, counts);
-    else
-        count_slots(channel, count, 1, is_signed, counts);
+static void tally(Tally *tally, const int32_t *activations, const int32_t *weights, const SlotRule *rule) {
+    tally_slot(tally, activations, weights, rule);
 }
 
 /* ---- multiplying ---- */
@@ -548,6 +509,7 @@ static const VectorOps OPS = {.word_operands = 4,
                               .transpose_pixels = transpose_pixels,
                               .pack = pack,
                               .count = count,
+                              .tally = tally,
                               .multiply = multiply,
                               .correct = correct,
                               .store = store};

@@ -234,6 +234,10 @@ static void count_column(const SlotArguments *slot, int64_t column, Counts *coun
     }
 }
 
+static void clear(Counts *counts, int length) {
+    memset(counts->counts, 0, (size_t)length * sizeof *counts->counts);
+}
+
 static void add_counts(Counts *to, const Counts *from, int sign, int length) {
     for (int i = 0; i < length; i++)
         to->counts[i] += sign * from->counts[i];
@@ -242,7 +246,7 @@ static void add_counts(Counts *to, const Counts *from, int sign, int length) {
 static void tally_tap(const SlotArguments *slot, int64_t tap, Counts *counts, Tally *tally) {
     const SlotRule *rule = &slot->stage->layer->rule;
     tally_spread(counts->counts, rule->threads);
-    tally_slot(tally, counts->counts, slot->weights + tap * slot->weights_per_tap, rule);
+    slot->stage->ops->tally(tally, counts->counts, slot->weights + tap * slot->weights_per_tap, rule);
 }
 
 /* The plain way, for kernels that reach far beyond the edges: every tap counts its own pixels. */
@@ -252,7 +256,7 @@ static void count_tap_by_tap(const SlotArguments *slot, Tally *tally) {
         const Tap *at = &geometry->taps[tap];
         if (at->phase != slot->phase)
             continue;
-        Counts counts = {{0}};
+        Counts counts = {{0}}; /* rare enough to be cleared whole */
         int64_t column = max64(0, at->dx);
         int64_t columns = min64(geometry->phases[slot->phase].width, geometry->out_width + at->dx) - column;
         for (int64_t row = slot->own_first; row < slot->own_end && columns > 0; row++)
@@ -266,22 +270,29 @@ static void count_by_edges(const SlotArguments *slot, const Edges *rows, const E
     const Geometry *geometry = slot->stage->geometry;
     int64_t pitch = geometry->pitch, width = geometry->phases[slot->phase].width;
     int length = tally_length(slot->stage->layer->rule.threads);
-    Counts all = {{0}}, row_counts[MAX_EDGES] = {0}, column_counts[MAX_EDGES] = {0};
-    Counts crossings[MAX_EDGES][MAX_EDGES] = {0};
+    Counts all, row_counts[MAX_EDGES], column_counts[MAX_EDGES], crossings[MAX_EDGES][MAX_EDGES];
+    clear(&all, length);
     count_bytes(slot, (slot->own_first - slot->first_row) * pitch, (slot->own_end - slot->own_first) * pitch,
                 &all);
-    for (int i = 0; i < rows->count; i++)
-        count_bytes(slot, (rows->at[i] - slot->first_row) * pitch, width, &row_counts[i]);
-    for (int j = 0; j < columns->count; j++)
+    for (int i = 0; i < rows->count; i++) {
+        int64_t row = (rows->at[i] - slot->first_row) * pitch;
+        clear(&row_counts[i], length);
+        count_bytes(slot, row, width, &row_counts[i]);
+        for (int j = 0; j < columns->count; j++) {
+            clear(&crossings[i][j], length);
+            count_bytes(slot, row + columns->at[j], 1, &crossings[i][j]);
+        }
+    }
+    for (int j = 0; j < columns->count; j++) {
+        clear(&column_counts[j], length);
         count_column(slot, columns->at[j], &column_counts[j]);
-    for (int i = 0; i < rows->count; i++)
-        for (int j = 0; j < columns->count; j++)
-            count_bytes(slot, (rows->at[i] - slot->first_row) * pitch + columns->at[j], 1, &crossings[i][j]);
+    }
     for (int64_t tap = 0; tap < slot->stage->layer->taps; tap++) {
         const Tap *at = &geometry->taps[tap];
         if (at->phase != slot->phase)
             continue;
-        Counts counts = all;
+        Counts counts;
+        memcpy(counts.counts, all.counts, (size_t)length * sizeof *counts.counts);
         for (int j = 0; j < columns->count; j++)
             if (misses(columns->at[j], at->dx, geometry->out_width))
                 add_counts(&counts, &column_counts[j], -1, length);
@@ -300,7 +311,8 @@ static void count_by_edges(const SlotArguments *slot, const Edges *rows, const E
 static void count_slot(SlotArguments *slot, Tally *tally) {
     const Geometry *geometry = slot->stage->geometry;
     if (geometry->is_pointwise) {
-        Counts counts = {{0}};
+        Counts counts;
+        clear(&counts, tally_length(slot->stage->layer->rule.threads));
         count_bytes(slot, 0, slot->stage->rows * geometry->pitch, &counts);
         tally_tap(slot, 0, &counts, tally);
         return;

@@ -3,14 +3,6 @@
 
 #include <string.h>
 
-void tally_spread(int32_t *counts, int threads) {
-    int half = 1 << (threads - 1);
-    int32_t *spread = counts + subset_count(threads) + others_count(threads);
-    for (int t = 0; t < threads; t++)
-        for (int rest = 0; rest < half; rest++)
-            spread[t * half + rest] = counts[with_thread(t, rest)];
-}
-
 /* Turn counts of exact patterns into counts of supersets, in place. */
 static void sum_supersets(int32_t *counts, int bits) {
     for (int bit = 0; bit < bits; bit++)
@@ -44,24 +36,6 @@ void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t 
     for (int t = 0; t < threads; t++)
         sum_supersets(wide + t * half, threads - 1);
     tally_spread(counts, threads);
-}
-
-static inline void add_products(int64_t *sums, const int32_t *a, const int32_t *w, int count) {
-    for (int i = 0; i < count; i++)
-        sums[i] += (int64_t)a[i] * w[i];
-}
-
-void tally_slot(Tally *tally, const int32_t *activations, const int32_t *weights, const SlotRule *rule) {
-    int subsets = subset_count(rule->threads), others = others_count(rule->threads);
-    const int32_t *a_wide = activations + subsets, *a_any = a_wide + others;
-    const int32_t *w_wide = weights + subsets, *w_any = w_wide + others;
-    add_products(tally->both, activations, weights, subsets);
-    if (rule->threads == 1 || rule->reduces_always)
-        return; /* nothing is reduced, or everything: the patterns suffice */
-    add_products(tally->wide_any, a_wide, w_any, others);
-    add_products(tally->any_wide, a_any, w_wide, others);
-    if (rule->needs_both)
-        add_products(tally->wide_wide, a_wide, w_wide, others);
 }
 
 void tally_merge(Tally *to, const Tally *from) {

@@ -43,11 +43,36 @@ typedef struct {
 void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t stride, int threads,
                    int32_t *counts);
 
-/* Add one slot: activations' counts (in the weights' layout) times weights' counts. */
-void tally_slot(Tally *tally, const int32_t *activations, const int32_t *weights, const SlotRule *rule);
-
 /* Spread a(S) into the third part: a(t, S). */
-void tally_spread(int32_t *counts, int threads);
+static inline void tally_spread(int32_t *counts, int threads) {
+    int half = 1 << (threads - 1);
+    int32_t *spread = counts + subset_count(threads) + others_count(threads);
+    for (int t = 0; t < threads; t++)
+        for (int rest = 0; rest < half; rest++)
+            spread[t * half + rest] = counts[with_thread(t, rest)];
+}
+
+static inline __attribute__((always_inline)) void add_products(int64_t *sums, const int32_t *a,
+                                                               const int32_t *w, int count) {
+    for (int i = 0; i < count; i++)
+        sums[i] += (int64_t)a[i] * w[i];
+}
+
+/* Add one slot: activations' counts (in the weights' layout) times weights' counts. In the header, so that
+ * every path compiles it for its own vectors. */
+static inline void tally_slot(Tally *tally, const int32_t *activations, const int32_t *weights,
+                              const SlotRule *rule) {
+    int subsets = subset_count(rule->threads), others = others_count(rule->threads);
+    const int32_t *a_wide = activations + subsets, *a_any = a_wide + others;
+    const int32_t *w_wide = weights + subsets, *w_any = w_wide + others;
+    add_products(tally->both, activations, weights, subsets);
+    if (rule->threads == 1 || rule->reduces_always)
+        return; /* nothing is reduced, or everything: the patterns suffice */
+    add_products(tally->wide_any, a_wide, w_any, others);
+    add_products(tally->any_wide, a_any, w_wide, others);
+    if (rule->needs_both)
+        add_products(tally->wide_wide, a_wide, w_wide, others);
+}
 
 void tally_merge(Tally *to, const Tally *from);
 
