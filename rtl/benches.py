@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from gemms import ARRAYS, MUTANT_ARRAYS, Array, jobs
-from mutants import MUTANTS, Mutant, plant
+from mutants import MUTANTS, NO_FAULT, Mutant, plant
 from toolchain import HERE, VERILOG, ToolError, build_bench, run
 from twin import EXHAUSTIVE_SLOTS, KINDS, exhaustive_slots, prove_twin, random_slots, slot_values
 
@@ -185,7 +185,7 @@ def slot_mutant_caught(mutant: Mutant, folder: Path, vectors: bytes) -> bool:
         return bench.returncode == 1
 
 
-def gemm_mutant_caught(mutant: Mutant, folder: Path) -> bool:
+def gemm_mutant_caught(mutant: Mutant, folder: Path, _: bytes) -> bool:
     """Whether the bench of GEMMs sees the fault, in values, in cycles or in what is asked for."""
     plant(mutant, folder / "verilog")
     for array in MUTANT_ARRAYS:
@@ -205,17 +205,15 @@ def gemm_mutant_caught(mutant: Mutant, folder: Path) -> bool:
 
 
 def check_mutants(folder: Path) -> Iterator[Check]:
-    """Put every fault of `mutants.MUTANTS` into the Verilog; a bench must see each of them."""
+    """Put every fault of `mutants.MUTANTS` into the Verilog; a bench must see each of them, and no other."""
     vectors = mutant_vectors()
-    for bench, mutants in MUTANTS.items():
-        for index, mutant in enumerate(mutants):
+    benches = {"slots": slot_mutant_caught, "gemms": gemm_mutant_caught}
+    for bench in benches:
+        for index, mutant in enumerate((NO_FAULT, *MUTANTS[bench])):
 
-            def work(bench: str = bench, index: int = index, mutant: Mutant = mutant) -> tuple[str, bool]:
-                place = folder / f"mutant_{bench}_{index}"
-                if bench == "slots":
-                    caught = slot_mutant_caught(mutant, place, vectors)
-                else:
-                    caught = gemm_mutant_caught(mutant, place)
-                return f"{mutant.name}: {'caught' if caught else 'SURVIVES'} by the bench of {bench}", caught
+            def work(index: int = index, mutant: Mutant = mutant, bench: str = bench) -> tuple[str, bool]:
+                caught = benches[bench](mutant, folder / f"mutant_{bench}_{index}", vectors)
+                verdict = f"{'caught' if caught else 'passed'} by the bench of {bench}"
+                return f"{mutant.name}: {verdict}", caught == (mutant is not NO_FAULT)
 
             yield timed("mutant", work)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from toolchain import VERILOG, ToolError
 
-__all__ = ["MUTANTS", "Mutant", "plant"]
+__all__ = ["MUTANTS", "NO_FAULT", "Mutant", "plant"]
 
 
 class Mutant(NamedTuple):
@@ -21,6 +21,9 @@ class Mutant(NamedTuple):
     times: int = 1
 
 
+NO_FAULT = Mutant("no fault", "nibble", "", "", times=0)
+"""The control: what catches the faults must let this one pass."""
+
 MUTANTS = {
     "slots": (
         Mutant("rounding carry dropped", "nibble", "{4'b0, round_up}", "5'b0"),
@@ -32,6 +35,7 @@ MUTANTS = {
         Mutant("narrow operand loses its sign", "nibble", "& whole & value[3], v", "& 1'b0, v"),
         Mutant("halves swapped", "nibble", "high ? high_half : low_half", "high ? low_half : high_half"),
         Mutant("last row keeps its sign", "product", "i == YW - 1 ?", "i == YW ?"),
+        Mutant("corner keeps its sign", "mixed_product", "{1'b1, {XW - 1{~x_signed}}}", "{XW{~x_signed}}"),
         Mutant("16 counts as narrow", "detect", ": |a[7:4];", ": |a[7:5];"),
         Mutant("8 counts as narrow", "detect", "(w[7:3] != 5'b00000)", "(w[7:4] != 4'b0000)"),
         Mutant("-8 counts as wide", "detect", "(w[7:3] != 5'b11111)", "(w[7:2] != 6'b111111)"),
@@ -77,6 +81,8 @@ def plant(mutant: Mutant, folder: Path) -> Path:
         If the text to replace does not occur as often as it should: the mutant no longer fits the source.
     """
     shutil.copytree(VERILOG, folder, dirs_exist_ok=True)
+    if mutant is NO_FAULT:
+        return folder
     target = folder / f"{mutant.file}.v"
     source = target.read_text()
     if source.count(mutant.old) != mutant.times:

@@ -65,13 +65,14 @@ def netlists(top: str, parameters: dict[str, int], folder: Path) -> dict[str, Ne
     script = folder / f"{top}.ys"
     script.write_text(
         SCRIPT.format(
-            sources=" ".join(str(path) for path in sorted(VERILOG.glob("*.v"))),
+            sources=" ".join(path.name for path in sorted(VERILOG.glob("*.v"))),
             top=top,
             parameters=" ".join(f"-chparam {name} {value}" for name, value in parameters.items()),
             netlist=target,
         )
     )
-    run("yosys", "-q", "-s", script)
+    # Yosys puts the paths it reads into the names of wires, and those names decide its ties.
+    run("yosys", "-q", "-s", script, folder=VERILOG)
     return read_netlists(target)
 
 

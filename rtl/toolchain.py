@@ -28,15 +28,19 @@ def require_tools() -> None:
         )
 
 
-def run(*command: str | Path, stdin: bytes = b"", accept: tuple[int, ...] = (0,)) -> str:
-    """Run a command; its standard output.
+def run(
+    *command: str | Path, stdin: bytes = b"", accept: tuple[int, ...] = (0,), folder: Path | None = None
+) -> str:
+    """Run a command, in `folder` if given; its standard output.
 
     Raises
     ------
     ToolError
         If it ends with a status that is not in `accept`; the message carries the end of what it wrote.
     """
-    done = subprocess.run([str(part) for part in command], input=stdin, capture_output=True, check=False)
+    done = subprocess.run(
+        [str(part) for part in command], input=stdin, capture_output=True, check=False, cwd=folder
+    )
     if done.returncode not in accept:
         said = (done.stdout + done.stderr).decode(errors="replace")
         raise ToolError(f"{Path(command[0]).name} ended with status {done.returncode}:\n{said[-3000:]}")

@@ -30,35 +30,32 @@ module multiplier_2 #(
     input  wire [1:0]  swap,
     output wire [16:0] out
 );
-    // Swapped ports take what either operand may be: a weight is signed, an activation may be unsigned.
-    localparam XW = SWAP != 0 && SIGNED == 0 ? 6 : 5;
-    localparam YW = SWAP != 0 && SIGNED == 0 ? 9 : 8;
-    localparam X_SIGNED = SWAP != 0 ? 1 : SIGNED;
-
     wire [15:0] term [0:1];
 
     genvar u;
     generate
         for (u = 0; u < 2; u = u + 1) begin : unit
-            wire [4:0]       half;
-            wire [XW-1:0]    x;
-            wire [YW-1:0]    y;
+            wire [4:0]  half;
+            wire [7:0]  weight;
             /* verilator lint_off UNUSEDSIGNAL */
-            wire [XW+YW-1:0] xy;  // -2048..2047, 16 * -128 included: 12 bits hold it, the others repeat the sign
+            wire [12:0] xy;  // -2048..2047, 16 * -128 included: 12 bits hold it, the top one repeats the sign
             /* verilator lint_on UNUSEDSIGNAL */
+            assign weight = w[8*u +: 8];
             nibble #(.SIGNED(SIGNED)) a_half (
                 .value(a[8*u +: 8]), .high(a_high[u]), .whole(a_whole[u]), .out(half));
             if (SWAP == 0) begin : fixed
-                assign x = half;
-                assign y = w[8*u +: 8];
-            end else if (SIGNED == 0) begin : swapped
-                assign x = swap[u] ? {{2{w[8*u+3]}}, w[8*u +: 4]} : {1'b0, half};
-                assign y = swap[u] ? {1'b0, a[8*u +: 8]} : {w[8*u+7], w[8*u +: 8]};
+                product #(.XW(5), .YW(8), .X_SIGNED(SIGNED)) times (.x(half), .y(weight), .out(xy));
             end else begin : swapped
-                assign x = swap[u] ? {w[8*u+3], w[8*u +: 4]} : half;
-                assign y = swap[u] ? a[8*u +: 8] : w[8*u +: 8];
+                wire [4:0] x;
+                wire [7:0] y;
+                assign x = swap[u] ? {weight[3], weight[3:0]} : half;
+                assign y = swap[u] ? a[8*u +: 8] : weight;
+                if (SIGNED != 0) begin : alike
+                    product #(.XW(5), .YW(8), .X_SIGNED(1)) times (.x(x), .y(y), .out(xy));
+                end else begin : mixed
+                    mixed_product #(.XW(5), .YW(8)) times (.x_signed(swap[u]), .x(x), .y(y), .out(xy));
+                end
             end
-            product #(.XW(XW), .YW(YW), .X_SIGNED(X_SIGNED)) times (.x(x), .y(y), .out(xy));
             assign term[u] = a_high[u] & ~swap[u] ? {xy[11:0], 4'b0} : {{4{xy[11]}}, xy[11:0]};
         end
     endgenerate

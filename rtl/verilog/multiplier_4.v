@@ -38,7 +38,7 @@ module multiplier_4 #(
             wire [4:0]  x;
             wire [4:0]  y;
             /* verilator lint_off UNUSEDSIGNAL */
-            wire [9:0]  xy;  // -128..240: the top bit repeats the sign
+            wire [9:0]  xy;  // -128..240: 9 bits hold it, the top one repeats the sign
             /* verilator lint_on UNUSEDSIGNAL */
             wire [12:0] shifted_once;
             nibble #(.SIGNED(SIGNED)) a_half (
