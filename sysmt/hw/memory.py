@@ -332,7 +332,8 @@ def _sharing(layer: Layer, rows: int) -> _Sharing | None:
     before = np.concatenate([[-1], np.where(same, strip[:-1], -1)])
     after = np.concatenate([np.where(same, strip[1:], layer.m), [layer.m]])
     by_strip = np.argsort(strip, kind="stable")
-    ends = np.cumsum(np.bincount(strip))[:-1]
+    strips = -(-layer.m // rows)  # a strip of windows that lie outside altogether has no pixels
+    ends = np.cumsum(np.bincount(strip, minlength=strips))[:-1]
     return _Sharing(np.split(before[by_strip], ends), np.split(after[by_strip], ends))
 
 
