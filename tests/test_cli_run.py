@@ -211,7 +211,7 @@ def test_default_directories_never_meet(in_tmp):
         (["--rows", "0"], ["rows=0", "at least 1"]),
         (["--batch-size", "0"], ["batch_size=0"]),
         (["--images", "0"], ["images=0"]),
-        (["--images", "many"], ["--images", "many"]),
+        (["--images", "many"], ["--images", "integer"]),
         (["--seed", "-1"], ["seed=-1"]),
         (["--percentile", "0"], ["percentile=0", "(0, 100]"]),
         (["--prune", "1"], ["prune=1", "[0, 1)"]),

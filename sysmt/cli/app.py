@@ -62,6 +62,9 @@ class Commands(TyperGroup):
                 traceback.print_exc()
             _fail(str(error))
             code = EXIT_ERROR
+        except MemoryError as error:
+            _fail(f"not enough memory: {error}")
+            code = EXIT_ERROR
         except Exception as error:
             # Wrong usage: typer's exceptions have these two, wherever a version keeps their classes.
             if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):

@@ -132,9 +132,15 @@ def random_operands(
     ------
     ConfigError
         If a size is negative or a density outside [0, 1].
+    OperandError
+        If K is above 65,535.
     """
     import numpy as np
 
+    from sysmt.hw.operands import MAX_K
+
+    if k > MAX_K:  # before so much is drawn
+        raise OperandError(f"K={k} is too large; it must be at most {MAX_K}")
     for field, size in (("m", m), ("n", n), ("k", k), ("seed", seed)):
         parse_count(size, field, minimum=0)
     for field, density in (("activation_density", activation_density), ("weight_density", weight_density)):

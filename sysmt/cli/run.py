@@ -101,7 +101,10 @@ def print_results(measurements: list[Measurement]) -> None:
         cells += [_number(row.get(key), "{:.2f}x") for key in ("speedup", "network_speedup")]
         cells += [_number(row.get(key), "{:.1f}", 100) for key in ("collision_rate", "utilization")]
         if with_clock:
-            cells += [_number(row["latency_ms"], "{:.4g}"), _number(row["array_images_per_second"], "{:.4g}")]
+            cells += [
+                _number(row["latency_ms"], "{:.4g}"),
+                _number(row["array_images_per_second"], "{:,.0f}"),
+            ]
         rows.append([*cells, f"{row['images_per_second']:,.0f}"])
     images = measurements[0].evaluation.images
     print_table([*header, "simulated\nimages/s"], rows, caption=f"{images} test images")

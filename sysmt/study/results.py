@@ -228,7 +228,7 @@ def read_csv(path: str | Path, needed: Iterable[str] = ()) -> pd.DataFrame:
     if not os.path.isfile(path):
         raise ConfigError(f"{path} is missing; a directory that `sysmt run` wrote is needed")
     try:
-        table = pd.read_csv(path, float_precision="round_trip")
+        table = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no table: {error}") from error
     lacking = [column for column in needed if column not in table.columns]
