@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import tomli_w
 
-from sysmt.errors import ConfigError, OutputError
+from sysmt.errors import OutputError
 from sysmt.study.results import RunDirectory, provenance, read_csv, read_toml
 
 __all__ = ["PointStore"]
@@ -27,7 +27,8 @@ _POINTS = "points.csv"
 _CORRECT = "correct.npz"
 _CONFIG = "config.toml"
 _HEAD = """\
-[settings] decides whether a directory can be gone on with; the rest is for the record."""
+[settings] and [subjects.*.facts] decide whether a directory can be gone on with; the rest is for the
+record."""
 
 
 class PointStore:
@@ -93,7 +94,7 @@ class PointStore:
 
     def _read_points(self) -> None:
         table = read_csv(self.path / _POINTS, self._keys)
-        self._rows = table.to_dict("records")
+        self._rows = _records(table)
         if (self.path / _CORRECT).is_file():
             with np.load(self.path / _CORRECT) as content:
                 self._correct = {name: content[name] for name in content.files}
@@ -152,7 +153,7 @@ class PointStore:
             path = self.path / f"{name}.csv"
             table = read_csv(path, self._keys) if path.is_file() else pd.DataFrame()
             finished = {self._name(row) for row in self._rows}
-            keep = [self._name(row) in finished for row in table.to_dict("records")]
+            keep = [self._name(row) in finished for row in _records(table)]
             self._tables[name] = table[keep].reset_index(drop=True) if keep else table
         return self._tables[name]
 
@@ -161,22 +162,35 @@ class PointStore:
 
     # -- results -------------------------------------------------------------------------------
 
-    def identify(self, what: str, facts: Mapping[str, str]) -> None:
-        """Note what `what` is, such as hashes of weights and images; refuse if it was something else.
+    def identify(self, what: str, facts: Mapping[str, Any], remarks: Mapping[str, Any] | None = None) -> None:
+        """Note what the points of `what` depend on, and refuse if they depended on something else.
+
+        Unlike the settings, this leaves a study open: another network can join it later.
+
+        Parameters
+        ----------
+        what : str
+            Such as a network's name.
+        facts : mapping
+            Plain values, such as hashes of weights and images; more can be added later.
+        remarks : mapping, optional
+            Written beside them without being compared, such as paths.
 
         Raises
         ------
-        ConfigError
-            If points of another one are here already.
+        OutputError
+            If a fact is not what it was.
         """
-        identities = self._record.setdefault("identities", {})
-        known = identities.setdefault(what, dict(facts))
-        for name, value in facts.items():
-            if known.get(name) != value:
-                raise ConfigError(
-                    f"{what}: {name} is not what the points in {self.path} were measured with; "
-                    "name another directory"
+        subjects = self._record.setdefault("subjects", {})
+        known = subjects.setdefault(what, {}).setdefault("facts", {})
+        asked = tomllib.loads(tomli_w.dumps(dict(facts)))
+        for name, value in asked.items():
+            if known.setdefault(name, value) != value:
+                raise OutputError(
+                    f"{self.path} holds points of {what} with {name} = {known[name]!r}, now it is {value!r}; "
+                    "name another directory, or delete this one"
                 )
+        subjects[what].setdefault("remarks", {}).update(remarks or {})
         self._write_config("running")
 
     def write(self, name: str, table: pd.DataFrame) -> Path:
@@ -218,24 +232,20 @@ class PointStore:
         os.close(self._lock)
 
 
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
 def _check_same(asked: Mapping[str, Any], earlier: Mapping[str, Any], path: str | Path) -> None:
     """Raise unless a directory's study and settings are those asked for."""
     if earlier.get("study") != asked["study"]:
         raise OutputError(
-            f"{path} holds {earlier.get('study', 'no study')!r}, not {asked['study']!r}; name another directory"
+            f"{path} holds the study {earlier.get('study')!r}, not {asked['study']!r}; name another directory"
         )
-    flat_asked, flat_earlier = dict(_flat(asked["settings"])), dict(_flat(earlier.get("settings", {})))
-    for name in {**flat_earlier, **flat_asked}:
-        if flat_asked.get(name) != flat_earlier.get(name):
+    old, new = earlier.get("settings", {}), asked["settings"]
+    for name in {**old, **new}:
+        if new.get(name) != old.get(name):
             raise OutputError(
-                f"{path} holds points with {name} = {flat_earlier.get(name)!r}, now it is "
-                f"{flat_asked.get(name)!r}; name another directory, or delete this one"
+                f"{path} holds points with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; "
+                "name another directory, or delete this one"
             )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from sysmt.nn.batchnorm import (
     RecalibrationReport,
@@ -15,10 +14,10 @@ from sysmt.nn.batchnorm import (
     save_statistics,
 )
 from sysmt.nn.checkpoints import weights_hash
-from sysmt.nn.data import ImageData
+from sysmt.nn.data import Loader
 from sysmt.nn.frontend import Simulation, attach
 from sysmt.nn.training import Evaluation, evaluate
-from sysmt.progress import progress_bar
+from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import open_workload
 from sysmt.study.run_config import RunConfig
 
@@ -45,13 +44,9 @@ class Subject:
         If network, weights or images cannot be had or do not fit each other.
     """
 
-    def __init__(
-        self, config: RunConfig, model: nn.Module | None = None, data: ImageData | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
-        if model is None or data is None:
-            model, data = open_workload(config)
-        self.model, self.data = model, data
+        self.model, self.data = open_workload(config)
 
     def identity(self) -> dict[str, str]:
         """Return hashes of the weights and the images."""
@@ -92,11 +87,12 @@ class Subject:
         ) as sim:
             loader = self.training_images(config.calibration_images, seed)
             with progress_bar("calibrating", loader.images * (2 if reorder else 1)) as bar:
-                watched = loader.watched(bar) if hasattr(loader, "watched") else loader
-                sim.calibrate(watched, loader.images, percentile=config.percentile, reorder=reorder)
+                sim.calibrate(
+                    _Watched(loader, bar), loader.images, percentile=config.percentile, reorder=reorder
+                )
             yield sim
 
-    def training_images(self, images: int, seed: int) -> Any:
+    def training_images(self, images: int, seed: int) -> Loader:
         """Return training images through the training augmentation; all of them if there are fewer."""
         images = min(images, self.data.images("train") or images)
         return self.data.loader(
@@ -122,3 +118,15 @@ class Subject:
             )
         finally:
             load_statistics(self.model, statistics)
+
+
+class _Watched:
+    """A loader that moves a progress bar, as often as it is iterated."""
+
+    def __init__(self, loader: Loader, bar: Bar) -> None:
+        self._loader, self._bar = loader, bar
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, labels in self._loader:
+            yield inputs, labels
+            self._bar.advance(len(labels))

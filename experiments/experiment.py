@@ -1,0 +1,184 @@
+"""What the experiments share: their options, the networks they run on, and how they start."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import shared_data
+import typer
+
+from sysmt.cli.app import say
+from sysmt.errors import ConfigError, SysmtError
+from sysmt.study.points import PointStore
+from sysmt.study.run_config import RunConfig
+from sysmt.study.subject import Subject
+
+OPTIONS = (
+    "model",
+    "weights",
+    "data",
+    "train_data",
+    "preprocessing",
+    "image_size",
+    "skip_bad_images",
+    "images",
+    "calibration_images",
+    "recalibration_images",
+    "batch_size",
+    "cpu_threads",
+    "seed",
+)
+"""Choices of `RunConfig` that every experiment takes."""
+
+QUICK = {"images": 200, "calibration_images": 256, "recalibration_images": 512}
+"""What ``--quick`` makes of them, where they are not given."""
+
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="shared, or shared:NAME,NAME: networks and images in $SYSMT_DATA or ../shared/data.",
+        metavar="NAME",
+    ),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Few images and points: a trial in a minute or two.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for the results; the same command goes on with what it finds there.",
+        metavar="DIR",
+        show_default="results/EXPERIMENT-MODEL",
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A network with its weights and its images.
+
+    Attributes
+    ----------
+    name : str
+        What tables and figures call it.
+    config : RunConfig
+    prepare : callable
+        Unpacks or trains what `config` names, where that is still to be done.
+    """
+
+    name: str
+    config: RunConfig
+    prepare: Callable[[], object] = lambda: None
+
+    def open(self, store: PointStore) -> Subject:
+        """Open it, and make sure that the points in `store` are its own."""
+        self.prepare()
+        subject = Subject(self.config)
+        store.identify(self.name, subject.identity())
+        return subject
+
+
+def workloads(
+    chosen: Mapping[str, Any], preset: str | None, quick: bool, shared: tuple[str, ...], **defaults: Any
+) -> list[Workload]:
+    """Decide which networks an experiment runs on.
+
+    Parameters
+    ----------
+    chosen : mapping
+        `OPTIONS` that stand on the command line.
+    preset : str or None
+        ``"shared"``, ``"shared:NAME,NAME"`` or None.
+    quick : bool
+    shared : tuple of str
+        The networks of `shared_data.NETWORKS` that ``"shared"`` alone stands for.
+    **defaults
+        Values of `RunConfig` that the experiment prefers to its defaults.
+    """
+    values = {**defaults, **(QUICK if quick else {}), **chosen}
+    if preset is None:
+        config = RunConfig(**values)
+        return [Workload(config.model, config)]
+    kind, _, names = preset.partition(":")
+    if kind != "shared":
+        raise ConfigError(f"preset={preset!r} is unknown; allowed: shared, shared:NAME,NAME")
+    clash = [name for name in ("model", "weights", "data", "train_data") if name in chosen]
+    if clash:
+        raise ConfigError(f"--preset brings networks and images of its own; leave out --{clash[0]}")
+    networks = map(shared_data.network, names.split(",") if names else shared)
+    return [Workload(one.title, RunConfig(**(values | one.values())), one.prepare) for one in networks]
+
+
+@contextlib.contextmanager
+def study(
+    name: str,
+    networks: list[Workload],
+    keys: tuple[str, ...],
+    out: Path | None,
+    preset: str | None,
+    quick: bool,
+    **settings: Any,
+) -> Iterator[PointStore]:
+    """Open the directory of a study, and say at the end where its results are.
+
+    Parameters
+    ----------
+    name : str
+    networks : list of Workload
+    keys : tuple of str
+        Columns that tell its points apart.
+    out : Path or None
+        By default a directory in results/ named after the study and what is run.
+    preset, quick
+        As given on the command line.
+    **settings
+        What the points depend on besides the networks' own configurations.
+    """
+    kind = preset.partition(":")[0] if preset else networks[0].config.model
+    path = out or Path("results") / f"{name}-{kind}{'-quick' if quick else ''}"
+    with PointStore(path, name, settings, keys) as store:
+        for network in networks:
+            record = network.config.to_record()
+            remarks = {key: record.pop(key) for key in _REMARKS if key in record}
+            store.identify(network.name, record, remarks)
+        yield store
+        print(f"{len(store.points())} points in {store.seconds:.0f} s; results are in {store.path}")
+
+
+_REMARKS = ("weights", "data", "train_data", "cpu_threads")
+"""Of a network's configuration, what no point depends on: weights and images are told by their hashes."""
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """Write a share in [0, 1] as percent."""
+    return f"{100 * share:.{digits}f}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Lay out a Markdown table whose columns line up in plain text, too: the first is text."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if not index else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"
+
+
+def main(command: Callable[..., None]) -> None:
+    """Run an experiment's command line; an error is one line, and Ctrl-C keeps what was measured."""
+    try:
+        typer.run(command)
+    except SysmtError as error:
+        say(f"error: {' '.join(str(error).split())}", "bold red")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here", "yellow")
+        sys.exit(130)

@@ -1,0 +1,206 @@
+"""How many images and which mode BatchNorm recalibration needs.
+
+Accuracy at 2T and 4T after recalibration on more and more training images: as an exponential moving
+average over batches (``ema``, the main paper's), pooled over all images (``cumulative``), and from the last
+batch alone (``final``, as "Final Sample Batch Normalization" does).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import experiment
+import numpy as np
+import pandas as pd
+import typer
+from experiment import Out, Preset, Quick, Workload, markdown, percent
+
+from sysmt.cli.options import takes
+from sysmt.errors import ConfigError
+from sysmt.progress import Bar, progress_bar
+from sysmt.study.evaluate import paired_difference
+from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.points import PointStore
+from sysmt.study.run_config import RECALIBRATION_MODES
+
+KEYS = ("network", "threads", "mode", "recalibration_images", "seed")
+COUNTS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+QUICK_COUNTS = (32, 128, 512)
+NONE = "none"
+SHARED = ("resnet20",)
+
+
+@takes(*(name for name in experiment.OPTIONS if name != "recalibration_images"))
+def recalibration(
+    chosen: dict[str, Any],
+    preset: Preset = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of calibration and recalibration: 0, 1, ...", min=1)] = 3,
+    counts: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of recalibration images.", metavar="LIST", show_default="32, 64 .. 4096, or all"
+        ),
+    ] = None,
+    quick: Quick = False,
+    out: Out = None,
+) -> None:
+    """Measure accuracy against the number of recalibration images, for ema, cumulative and final."""
+    networks = experiment.workloads(chosen, preset, quick, SHARED)
+    wanted = _parse(counts) if counts else QUICK_COUNTS if quick else COUNTS
+    settings = {"seeds": seeds, "counts": list(wanted)}
+    with experiment.study("recalibration", networks, KEYS, out, preset, quick, **settings) as store:
+        points_each = seeds * 2 * (1 + len(wanted) * len(RECALIBRATION_MODES)) + 1
+        with progress_bar("recalibration", len(networks) * points_each, "points") as bar:
+            for network in networks:
+                measure(network, wanted, seeds, store, bar)
+        table = summarise(store)
+        store.write("recalibration.csv", table)
+        layout = "\n".join(layout_of(table, network.name) for network in networks)
+        store.write_text("recalibration.md", layout)
+        for index, network in enumerate(networks):
+            name = "recalibration.png" if not index else f"recalibration-{index + 1}.png"
+            draw(table[table["network"] == network.name], store.path / name, network.name)
+        print(layout)
+
+
+def _parse(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ConfigError(f"counts={text!r} is no list of numbers of images, such as 32,128,512") from None
+    if counts[0] < 2:
+        raise ConfigError(f"counts={text!r} has {counts[0]}; a variance needs 2 images at least")
+    return counts
+
+
+def points_of(network: str, counts: Sequence[int], seeds: int) -> list[dict[str, Any]]:
+    """Return the keys of all points of one network, the float network first."""
+
+    def point(threads: int, mode: str, images: int, seed: int) -> dict[str, Any]:
+        return dict(zip(KEYS, (network, threads, mode, images, seed), strict=True))
+
+    points = [point(0, NONE, 0, 0)]
+    for seed, threads in itertools.product(range(seeds), (2, 4)):
+        points.append(point(threads, NONE, 0, seed))
+        points += [point(threads, *rest, seed) for rest in itertools.product(RECALIBRATION_MODES, counts)]
+    return points
+
+
+def measure(network: Workload, counts: Sequence[int], seeds: int, store: PointStore, bar: Bar) -> None:
+    """Measure what is missing of one network."""
+    subject = network.open(store)
+    # More images than there are would be measured again and again.
+    available = subject.data.images("train")
+    counts = sorted({min(count, available) for count in counts})
+    points = points_of(network.name, counts, seeds)
+    missing = [point for point in points if not store.has(**point)]
+    bar.advance(len(points) - len(missing))
+    if missing and missing[0]["threads"] == 0:
+        evaluation = subject.evaluate("float")
+        store.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
+        bar.advance(1)
+    for seed in range(seeds):
+        here = [point for point in missing if point["seed"] == seed]
+        if not here:
+            continue
+        with subject.on_array(seed) as sim:
+            for point in here:
+                sim.set_threads(point["threads"])
+                what = f"{point['threads']}T {point['mode']} {point['recalibration_images']}"
+                if point["mode"] == NONE:
+                    evaluation = subject.evaluate(what)
+                else:
+                    with subject.recalibrated(point["mode"], point["recalibration_images"], seed):
+                        evaluation = subject.evaluate(what)
+                store.add(point | evaluation.to_record(), evaluation.correct)
+                bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
+
+
+def summarise(store: PointStore) -> pd.DataFrame:
+    """Join the seeds: a row per network, threads, mode and number of images.
+
+    Returns
+    -------
+    DataFrame
+        ``top1``, mean over the seeds; ``top1_seed_sd``; ``difference`` to float and ``difference_se``,
+        paired by image, each image counting with its mean over the seeds.
+    """
+    rows = []
+    for key, group in store.points().groupby(list(KEYS[:-1]), sort=False):
+        reference = store.correct(network=key[0], threads=0, mode=NONE, recalibration_images=0, seed=0)
+        keys = group[list(KEYS)].to_dict("records")
+        hits = np.mean([store.correct(**one) for one in keys], axis=0, dtype=np.float64)
+        difference, standard_error = paired_difference(hits, reference)
+        rows.append(
+            {
+                **dict(zip(KEYS, key, strict=False)),
+                "seeds": len(group),
+                "images": len(reference),
+                "top1": group["top1"].mean(),
+                "top1_seed_sd": group["top1"].std(ddof=1),
+                "difference": difference,
+                "difference_se": standard_error,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def layout_of(table: pd.DataFrame, network: str) -> str:
+    """Lay out one network's points: numbers of images down, threads and modes across."""
+    here = table[table["network"] == network]
+    indexed = here.set_index(["threads", "mode", "recalibration_images"]).sort_index()
+    columns = list(itertools.product((2, 4), RECALIBRATION_MODES))
+    header = [f"{network}: images", *(f"{threads}T {mode}, %" for threads, mode in columns)]
+    counts = sorted(here.loc[here["mode"] != NONE, "recalibration_images"].unique())
+    rows = [["0", *(percent(indexed.loc[(threads, NONE, 0), "top1"]) for threads, _ in columns)]]
+    rows += [
+        [str(count), *(percent(indexed.loc[(*column, count), "top1"]) for column in columns)]
+        for count in counts
+    ]
+    reference = indexed.loc[(0, NONE, 0)]
+    worst = 100 * here.loc[here["threads"] > 0, "difference_se"].max()
+    note = (
+        f"Float {percent(reference['top1'])} %; {int(reference['images']):,} test images, means over "
+        f"{int(here['seeds'].max())} seeds. Standard errors of the differences to float are at most "
+        f"{worst:.2f} points.\n"
+    )
+    return f"{markdown(header, rows)}\n{note}"
+
+
+def draw(table: pd.DataFrame, path: Path, title: str) -> None:
+    """Draw accuracy against the number of images, a panel per thread count."""
+    with figure(path, width_in=8.0, height_in=3.4) as (drawing, axes):
+        axes.remove()
+        panels = drawing.subplots(1, 2, sharey=True)
+        accuracy = 100 * float(table.loc[table["threads"] == 0, "top1"].iloc[0])
+        for threads, panel in zip((2, 4), panels, strict=True):
+            rows = table[table["threads"] == threads]
+            without = 100 * float(rows.loc[rows["mode"] == NONE, "top1"].iloc[0])
+            panel.axhline(accuracy, color=FLOAT_GREY, linestyle="--", linewidth=1, label="float")
+            panel.axhline(without, color=FLOAT_GREY, linestyle=":", linewidth=1.4, label="not recalibrated")
+            for index, mode in enumerate(RECALIBRATION_MODES):
+                line = rows[rows["mode"] == mode].sort_values("recalibration_images")
+                panel.errorbar(
+                    line["recalibration_images"],
+                    100 * line["top1"],
+                    yerr=100 * line["top1_seed_sd"].fillna(0),
+                    color=COLOURS[index],
+                    marker=MARKERS[index],
+                    capsize=2,
+                    label=mode,
+                )
+            panel.set_xscale("log", base=2)
+            counts = sorted(rows.loc[rows["mode"] != NONE, "recalibration_images"].unique())
+            panel.set_xticks(counts, [str(count) for count in counts], fontsize=7)
+            panel.set_xlabel("training images")
+            panel.set_title(f"{title}, {threads}T", fontsize=9)
+        panels[0].set_ylabel("top-1 accuracy, %")
+        handles, labels = panels[0].get_legend_handles_labels()
+        drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+if __name__ == "__main__":
+    experiment.main(recalibration)
