@@ -21,7 +21,7 @@ __all__ = ["PRESETS", "Preprocessing", "add_noise", "normalise", "pad_crop_flip"
 
 IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
-_DIGITS_NOISE_STD = 0.2
+_DIGITS_NOISE_STD = 0.15
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,14 @@ from sysmt.nn.checkpoints import load_state, read_weights, resolve_weights
 __all__ = ["MobileNetV1", "SmallResNet", "build_model", "classes_in_weights", "load_model", "model_names"]
 
 _SMALL_RESNETS = {
-    "digits": (1, 1, 1),
-    "resnet20": (3, 3, 3),
-    "resnet32": (5, 5, 5),
-    "resnet44": (7, 7, 7),
-    "resnet56": (9, 9, 9),
-    "resnet110": (18, 18, 18),
+    "digits": ((1, 1, 1), 8),
+    "resnet20": ((3, 3, 3), 16),
+    "resnet32": ((5, 5, 5), 16),
+    "resnet44": ((7, 7, 7), 16),
+    "resnet56": ((9, 9, 9), 16),
+    "resnet110": ((18, 18, 18), 16),
 }
-"""Blocks of the three stages; the CIFAR depths are 6n + 2 (He et al., arXiv 1512.03385, section 4.2)."""
+"""Blocks of the three stages, and channels of the first one (CIFAR: arXiv 1512.03385, section 4.2)."""
 
 
 class BasicBlock(nn.Module):
@@ -55,7 +55,7 @@ class BasicBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Residual network for small images: three stages of 16, 32 and 64 channels.
+    """Residual network for small images: three stages, each with twice the channels of the one before.
 
     Module names are those of the widespread CIFAR checkpoints: ``conv1``, ``bn1``,
     ``layer1.0.conv1`` ..., ``linear``.
@@ -67,16 +67,20 @@ class SmallResNet(nn.Module):
     num_classes : int
     in_channels : int
         1 for grey images, 3 for RGB.
+    width : int
+        Channels of the first stage.
     """
 
-    def __init__(self, blocks: tuple[int, int, int], num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self, blocks: tuple[int, int, int], num_classes: int = 10, in_channels: int = 3, width: int = 16
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, blocks[0], stride=1)
-        self.layer2 = self._stage(16, 32, blocks[1], stride=2)
-        self.layer3 = self._stage(32, 64, blocks[2], stride=2)
-        self.linear = nn.Linear(64, num_classes)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(width, width, blocks[0], stride=1)
+        self.layer2 = self._stage(width, 2 * width, blocks[1], stride=2)
+        self.layer3 = self._stage(2 * width, 4 * width, blocks[2], stride=2)
+        self.linear = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -178,7 +182,8 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
         in_channels = parse_count(in_channels, "in_channels")
     if name in _SMALL_RESNETS:
         channels = in_channels or (1 if name == "digits" else 3)
-        return SmallResNet(_SMALL_RESNETS[name], num_classes or 10, channels).eval()
+        blocks, width = _SMALL_RESNETS[name]
+        return SmallResNet(blocks, num_classes or 10, channels, width).eval()
     if name not in model_names():
         raise ConfigError(
             f"model {name!r} is unknown{nearest(str(name), model_names())}; "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +22,6 @@ from sysmt.config import parse_count
 from sysmt.errors import ConfigError, DataError, OutputError, WeightsError
 from sysmt.nn.checkpoints import (
     cache_directory,
-    load_state,
     load_weights,
     read_torch_file,
     save_weights,
@@ -351,21 +351,22 @@ class _Run:
 
     def _resume(self, path: Path) -> None:
         content = read_torch_file(path)
-        try:
-            recipe = content["recipe"]
-            changed = [key for key in {**recipe, **self.recipe} if recipe.get(key) != self.recipe.get(key)]
-            if changed:
-                key = changed[0]
+        recipe = content.get("recipe") if isinstance(content, Mapping) else None
+        if not isinstance(recipe, Mapping):
+            raise WeightsError(f"{path} is no checkpoint of a training; delete it or name another file")
+        for key in {**recipe, **self.recipe}:
+            if recipe.get(key) != self.recipe.get(key):
                 raise WeightsError(
                     f"{path} belongs to another training: {key} was {recipe.get(key)!r} and is now "
                     f"{self.recipe.get(key)!r}; delete the file or name another"
                 )
-            load_state(self.model, content["state_dict"], path)
+        try:
+            self.model.load_state_dict(content["state_dict"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.scheduler.load_state_dict(content["scheduler"])
             self.records = list(content["records"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise WeightsError(f"{path} is no checkpoint of a training ({error})") from error
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"{path} is no checkpoint of this network's training ({error})") from error
 
 
 def _make_optimizer(model: nn.Module, recipe: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -422,7 +423,18 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 # -- the network of the demonstration ----------------------------------------------------------
 
-_DIGITS_RECIPE: dict[str, Any] = {"epochs": 30, "lr": 0.1, "weight_decay": 5e-4, "batch_size": 64}
+_DIGITS_RECIPE: dict[str, Any] = {"epochs": 30, "lr": 0.2, "weight_decay": 0.0, "batch_size": 64}
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: a tiny network gains nothing from more, and sums in one order anywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def trained_digits(cache_dir: str | Path | None = None, *, seed: int = 0, progress: bool = True) -> nn.Module:
@@ -461,7 +473,8 @@ def trained_digits(cache_dir: str | Path | None = None, *, seed: int = 0, progre
             return model
         except WeightsError as error:
             warnings.warn(f"{error}; training the digits network again", stacklevel=2)
-    train(model, data, **recipe, device="cpu", progress=progress)
+    with _one_thread():
+        train(model, data, **recipe, device="cpu", progress=progress)
     try:
         save_weights(model, path, facts)
     except OutputError as error:
