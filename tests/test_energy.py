@@ -15,6 +15,7 @@ from sysmt.hw.events import EventCounts, count_events
 from sysmt.hw.layer import Layer
 from sysmt.hw.memory import Bandwidth, Memory, layer_traffic
 from sysmt.hw.operands import split_threads
+from sysmt.hw.stats import Counters
 from sysmt.hw.workload import draw_operands
 
 configs = st.builds(
@@ -31,7 +32,7 @@ def events_of(layer, config, memory=None, densities=(0.5, 0.7)):
     memory = memory or Memory()
     a, b = draw_operands(layer, *densities, 3)
     stats = sysmt.simulate_gemm(a, b, config).stats
-    return a, b, stats, count_events(stats, layer, config, memory)
+    return a, b, stats, count_events(stats, {layer: 1}, config, memory)
 
 
 @settings(max_examples=100, deadline=None)
@@ -84,10 +85,13 @@ def test_events_add_up_over_images():
     stats = []
     for seed in range(3):
         stats.append(sysmt.simulate_gemm(*draw_operands(layer, 0.5, 1.0, seed), config).stats)
-    together = count_events(sum(stats[1:], stats[0]), layer, config, memory, count=3)
-    one_by_one = [count_events(s, layer, config, memory) for s in stats]
+    together = count_events(sum(stats[1:], stats[0]), {layer: 3}, config, memory)
+    one_by_one = [count_events(s, {layer: 1}, config, memory) for s in stats]
     assert together == sum(one_by_one, EventCounts())
-    assert count_events(stats[0], layer, config, memory, count=0) == EventCounts()
+    other = Layer("y", 5, 5, 3, 3, 4, 6)
+    mixed = count_events(stats[0] + stats[1], {layer: 1, other: 1}, config, memory)
+    assert mixed == one_by_one[0] + count_events(stats[1], {other: 1}, config, memory)
+    assert count_events(Counters(()), {}, config, memory) == EventCounts()
 
 
 def test_default_table_worked_by_hand():
@@ -106,7 +110,7 @@ def test_default_table_worked_by_hand():
         sram_ofmap_writes=1,
         dram_reads=2,
         dram_writes=1,
-        idle_pe_cycles=7,
+        pe_cycles=12,
     )
     energy = table.energy(events, ArrayConfig(), Memory(32, 8, 1024))
     assert energy == pytest.approx(
@@ -130,7 +134,7 @@ def test_every_event_costs():
     """No entry of a table is read and then forgotten."""
     table = load_table()
     assert isinstance(table, EventTable)
-    ones = EventCounts(**{field.name: 1 for field in dataclasses.fields(EventCounts)})
+    ones = EventCounts(**{field.name: 1 for field in dataclasses.fields(EventCounts)} | {"pe_cycles": 2})
     before = sum(table.energy(ones, ArrayConfig(), Memory()).values())
     for event in table.per_event:
         dearer = dataclasses.replace(table, per_event={**table.per_event, event: table.per_event[event] + 1})
@@ -182,7 +186,7 @@ def test_a_table_of_ones_own(tmp_path):
     table = load_table(path)
     assert table.area(ArrayConfig(4, 4, 2)) == 1600
     assert table.area(ArrayConfig(4, 4, 4)) is None
-    assert table.energy(EventCounts(idle_pe_cycles=4), ArrayConfig(), Memory())["idle"] == 2.0
+    assert table.energy(EventCounts(pe_cycles=4), ArrayConfig(), Memory())["idle"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -238,4 +242,65 @@ def test_accelergy_counts_are_yaml():
     assert counts["chip.dram", "write"] == events.dram_writes
     assert counts["chip.ofmap_sram", "read"] == events.sram_ofmap_reads
     named = dataclasses.asdict(events)
-    assert sum(counts.values()) == sum(named.values()) - named["pe_cycles"] - named["cycles"]
+    assert counts["chip.pe[0..31].idle", "cycle"] == events.idle_pe_cycles
+    assert sum(counts.values()) == sum(named.values()) - named["cycles"] - events.accumulations
+
+
+def test_report_of_a_network_prices_its_events():
+    torch = pytest.importorskip("torch")
+    from sysmt.nn.energy import energy_facts
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 8, 3, stride=2, padding=1, dilation=2, groups=2, bias=False),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 5 * 5, 10),
+    )
+    x = torch.rand(3, 3, 12, 12)
+    with sysmt.attach(model, ArrayConfig(4, 4, 2), linear=True) as sim:
+        sim.calibrate([x], images=3)
+        captured = [sim.capture("2", image=i, group=g) for i in range(3) for g in range(2)]
+        with torch.no_grad():
+            model(x)
+        report = sim.report().set_index("name")
+        facts = energy_facts(sim)
+        small = sim.report(load_table("sysmt-micro2020"), Memory(1, 1, 1, Bandwidth(1, 1, 1))).set_index(
+            "name"
+        )
+    assert report.loc["0", "energy_pj"] == 0  # the first convolution is in float: not counted
+    assert report.loc["0", "energy_delay_pj_cycles"] == 0
+    layer = Layer("", 4 * 2 + 5, 4 * 2 + 5, 3, 3, 4, 4, 2, 2, 2, 2)
+    stats = [sysmt.simulate_gemm(c.a_mk, c.b_kn, c.config).stats for c in captured]
+    events = count_events(sum(stats[1:], stats[0]), {layer: 6}, ArrayConfig(4, 4, 2), Memory())
+    energy = sum(load_table().energy(events, ArrayConfig(4, 4, 2), Memory()).values())
+    assert report.loc["2", "energy_pj"] == pytest.approx(energy)
+    assert report.loc["2", "energy_delay_pj_cycles"] == pytest.approx(energy * report.loc["2", "cycles"])
+    total = report["energy_pj"].sum()
+    assert facts["energy_pj_per_image"] == pytest.approx(total / 3)
+    cycles = report.loc[["2", "5"], "cycles"].sum()
+    assert facts["energy_delay_pj_cycles_per_image"] == pytest.approx(total / 3 * cycles / 3)
+    waits = (
+        3
+        * layer_traffic(
+            Layer("", 1, 1, 1, 1, 200, 10), ArrayConfig(4, 4, 2), Memory(1, 1, 1, Bandwidth(1, 1, 1))
+        ).cycles
+    )
+    assert small.loc["5", "energy_relative"] == pytest.approx(waits * 16 * 1.34)
+
+
+def test_images_of_different_sizes_are_counted_each():
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(2, 4, 3))
+
+    def energy_of(*sizes):
+        with sysmt.attach(model, ArrayConfig(4, 4, 1)) as sim, torch.no_grad():
+            sim.set_ranges({"2": 0.01})
+            for size in sizes:
+                model(torch.ones(1, 2, size, size))
+            return sim.report().set_index("name").loc["2", "energy_pj"]
+
+    torch.manual_seed(0)
+    assert energy_of(5, 9) == pytest.approx(energy_of(5) + energy_of(9))

@@ -17,10 +17,11 @@ All follow from the counters, the shape and the tiles; nothing is counted while 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from sysmt.config import ArrayConfig, Drain
 from sysmt.hw.layer import Layer
-from sysmt.hw.memory import Memory, Traffic, layer_traffic
+from sysmt.hw.memory import Memory, layer_traffic
 from sysmt.hw.stats import Counters
 
 __all__ = ["EventCounts", "count_events"]
@@ -44,8 +45,8 @@ class EventCounts:
         Bytes.
     dram_reads, dram_writes : int
         Bytes.
-    pe_cycles, idle_pe_cycles : int
-        PEs times cycles, stalls included, and those of them without an accumulation.
+    pe_cycles : int
+        PEs times cycles, stalls included.
     cycles : int
         Compute and stall cycles of the array.
     """
@@ -65,8 +66,12 @@ class EventCounts:
     dram_reads: int = 0
     dram_writes: int = 0
     pe_cycles: int = 0
-    idle_pe_cycles: int = 0
     cycles: int = 0
+
+    @property
+    def idle_pe_cycles(self) -> int:
+        """PE-cycles without an accumulation."""
+        return self.pe_cycles - self.accumulations
 
     def __add__(self, other: EventCounts) -> EventCounts:
         """Add event by event."""
@@ -77,38 +82,40 @@ class EventCounts:
 
 
 def count_events(
-    counters: Counters, layer: Layer, config: ArrayConfig, memory: Memory, count: int = 1
+    counters: Counters, gemms: Mapping[Layer, int], config: ArrayConfig, memory: Memory
 ) -> EventCounts:
-    """Derive the events of `count` GEMMs of the same shape.
+    """Derive the events of some GEMMs that ran with the same configuration.
 
     Parameters
     ----------
     counters : Counters
-        Summed over all `count` GEMMs.
-    layer : Layer
-        Shape of one of them.
+        Summed over all of them.
+    gemms : mapping of Layer to int
+        Their shapes, and how many there were of each: images times groups.
     config : ArrayConfig
         With the thread count that they ran with.
     memory : Memory
-    count : int
-        Images times groups; 0 gives no events.
 
     Returns
     -------
     EventCounts
     """
-    if count == 0:
-        return EventCounts()
-    traffic = layer_traffic(layer, config, memory)
-    products = _products(counters, config)
+    one, two, four = _products(counters, config)
     accumulations = sum(counters.active[1:]) if config.policy.skips_zeros else counters.slots
-    pe_cycles = count * traffic.cycles * config.rows * config.cols
+    events = EventCounts(one, two, four, accumulations)
+    for layer, count in gemms.items():
+        events += _movements(layer, count, config, memory)
+    return events
+
+
+def _movements(layer: Layer, count: int, config: ArrayConfig, memory: Memory) -> EventCounts:
+    """Everything that follows from the shape alone."""
+    traffic = layer_traffic(layer, config, memory)
+    cycles = count * traffic.cycles
     output_bytes = count * traffic.dram_ofmap_bytes
+    hops = traffic.sram_ifmap_reads * config.cols + traffic.sram_filter_reads * config.rows
     return EventCounts(
-        *products,
-        accumulations=accumulations,
-        operand_hops=count
-        * (traffic.sram_ifmap_reads * config.cols + traffic.sram_filter_reads * config.rows),
+        operand_hops=count * hops,
         accumulator_hops=count * _accumulator_hops(layer, config),
         sram_ifmap_reads=count * traffic.sram_ifmap_reads,
         sram_ifmap_writes=count * traffic.dram_ifmap_bytes,
@@ -116,11 +123,10 @@ def count_events(
         sram_filter_writes=count * traffic.dram_filter_bytes,
         sram_ofmap_reads=output_bytes,
         sram_ofmap_writes=output_bytes,
-        dram_reads=count * _dram_reads(traffic),
+        dram_reads=count * (traffic.dram_ifmap_bytes + traffic.dram_filter_bytes),
         dram_writes=output_bytes,
-        pe_cycles=pe_cycles,
-        idle_pe_cycles=pe_cycles - accumulations,
-        cycles=count * traffic.cycles,
+        pe_cycles=cycles * config.rows * config.cols,
+        cycles=cycles,
     )
 
 
@@ -128,7 +134,7 @@ def _products(counters: Counters, config: ArrayConfig) -> tuple[int, int, int]:
     """Products 8b x 8b, 4b x 8b and 4b x 4b."""
     skips = config.policy.skips_zeros
     contending = counters.active if skips else (*(0,) * config.threads, counters.slots)
-    _, one, two, three, four = (*contending, 0, 0, 0)[:5]
+    _, one, two, three, four = (*contending, 0, 0, 0, 0, 0)[:5]
     return one, 2 * two, 3 * three + 4 * four
 
 
@@ -144,7 +150,3 @@ def _accumulator_hops(layer: Layer, config: ArrayConfig) -> int:
 def _hops(used: int, rows: int) -> int:
     """Hops of the accumulators of the first `used` of a column's `rows` PEs: R + (R - 1) + ..."""
     return used * rows - used * (used - 1) // 2
-
-
-def _dram_reads(traffic: Traffic) -> int:
-    return traffic.dram_ifmap_bytes + traffic.dram_filter_bytes

@@ -76,8 +76,9 @@ class Memory:
     bandwidth : Bandwidth or None
         DRAM bandwidth, bytes per cycle; None is as much as needed, so that nothing stalls.
     tile_order : TileOrder
-        ``"rows-outer"``: a tile row's activations stay while all weights pass, the order in which
-        sysmt's array works. ``"columns-outer"``: weights stay while all activations pass, SCALE-Sim's.
+        ``"columns-outer"``: a tile column's weights stay while all activations pass, as in SCALE-Sim.
+        ``"rows-outer"``: a tile row's activations stay while all weights pass. Neither changes a
+        result or, without stalls, a cycle.
     output_bytes : int
         Bytes of an output as written: 1 (requantised at the array's edge) to 4 (the accumulator).
 
@@ -91,7 +92,7 @@ class Memory:
     filter_kib: int = 256
     ofmap_kib: int = 128
     bandwidth: Bandwidth | None = None
-    tile_order: TileOrder = TileOrder.ROWS_OUTER
+    tile_order: TileOrder = TileOrder.COLUMNS_OUTER
     output_bytes: int = 1
 
     def __post_init__(self) -> None:

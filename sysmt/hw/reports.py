@@ -129,6 +129,7 @@ def smt_row(result: LayerResult, energy_unit: str) -> dict[str, Any]:
     kept = ("collisions", "collision_rate", "utilization", "reduced_activations", "reduced_weights")
     row |= {name: counters[name] for name in kept}
     row |= dataclasses.asdict(result.events)
+    row["idle_pe_cycles"] = result.events.idle_pe_cycles
     del row["cycles"]  # compute and stall cycles again
     row["sram_peak_words"] = traffic.sram_peak_words
     required = traffic.required._asdict().items()

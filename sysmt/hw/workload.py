@@ -99,7 +99,7 @@ def simulate_layer(
         stats = simulate_gemm(a, b, config, cpu_threads=cpu_threads).stats
     except OperandError as error:
         raise OperandError(f"layer {layer.name!r}: {error}") from None
-    events = count_events(stats, layer, config, memory)
+    events = count_events(stats, {layer: 1}, config, memory)
     return LayerResult(
         layer,
         config,

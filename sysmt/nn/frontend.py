@@ -15,7 +15,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from sysmt.config import ArrayConfig, parse_count, parse_threads
 from sysmt.errors import CalibrationError, ConfigError, UnsupportedLayerError, nearest
+from sysmt.hw.energy import EnergyTable, load_table
+from sysmt.hw.memory import Memory
 from sysmt.nn.calibration import RangeObserver, WideObserver, image_batches, run_observed
+from sysmt.nn.energy import layer_energy
 from sysmt.nn.layers import CapturedGemm, HookedLayer
 from sysmt.nn.lowering import LayerGeometry
 from sysmt.quant.uniform import ActivationRange
@@ -135,7 +138,7 @@ class Simulation:
         self._first_name: str | None = None
         self._reorder = False
         self._threads_by_name: dict[str, int] = {}
-        excluded = set(exclude)
+        excluded = {exclude} if isinstance(exclude, str) else set(exclude)
         self.layers: dict[str, HookedLayer] = {}
         for name, module in model.named_modules():
             excluded_here = name in excluded
@@ -458,8 +461,15 @@ class Simulation:
         """The same over all Conv2d and Linear layers, those left in float counted at T = 1."""
         return _cycle_speedup(self.layers.values())
 
-    def report(self) -> pd.DataFrame:
+    def report(self, energy: EnergyTable | None = None, memory: Memory | None = None) -> pd.DataFrame:
         """Return a row for each Conv2d and Linear, those left in float included.
+
+        Parameters
+        ----------
+        energy : EnergyTable, optional
+            As `sysmt.hw.energy.load_table` gives it; by default the 45 nm table.
+        memory : Memory, optional
+            SRAMs and DRAM bandwidth; by default those of `sysmt.hw.memory.Memory`.
 
         Returns
         -------
@@ -467,13 +477,15 @@ class Simulation:
             ``name``; ``M, N, K`` of one GEMM; ``groups, images, threads`` (0: in float); ``macs``
             and ``cycles`` (in float: at T = 1); ``active_0`` .. ``active_4``; ``collisions``,
             ``collision_rate`` and ``utilization`` in [0, 1]; ``reduced_activations``,
-            ``reduced_weights``; ``speedup_cycles``; with ``errors=True`` ``sqnr_db`` (dB) and ``mse``;
+            ``reduced_weights``; ``speedup_cycles``; ``energy_pj`` and ``energy_delay_pj_cycles`` (or
+            whatever the table's unit is; 0 in float); with ``errors=True`` ``sqnr_db`` (dB) and ``mse``;
             ``reason`` a layer is in float or empty.
         """
-        rows = [self._report_row(layer) for layer in self.layers.values()]
+        energy, memory = energy or load_table(), memory or Memory()
+        rows = [self._report_row(layer, energy, memory) for layer in self.layers.values()]
         return pd.DataFrame(rows)
 
-    def _report_row(self, layer: HookedLayer) -> dict[str, Any]:
+    def _report_row(self, layer: HookedLayer, energy: EnergyTable, memory: Memory) -> dict[str, Any]:
         simulated = layer.reason is None
         m, n, k = layer.gemm_shape or (0, layer.geometry.gemm_n, layer.geometry.gemm_k)
         record = layer.stats.to_record()
@@ -500,6 +512,7 @@ class Simulation:
                 "speedup_cycles",
             )
         }
+        row |= layer_energy(layer, energy, memory)
         if self.errors:
             row |= {"sqnr_db": layer.sqnr_db, "mse": layer.mse}
         row["reason"] = layer.reason or ("" if layer.images else NOT_REACHED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,8 @@ class HookedLayer:
         """Forget everything counted so far."""
         self.images = 0
         self.gemm_shape: tuple[int, int, int] | None = None
+        self.images_of_size: Counter[tuple[int, int]] = Counter()
+        """Images by the output rows and columns that the layer gave them."""
         self.stats = GemmStats((0,) * (self.threads + 1))
         self._signal_energy = self._noise_energy = 0.0
         self._outputs = 0
@@ -177,11 +180,12 @@ class HookedLayer:
             )
         if count:
             assert result.counters is not None
-            self._count(result.counters, images.shape[0], out_size[0] * out_size[1])
+            self._count(result.counters, images.shape[0], out_size)
         return y
 
-    def _count(self, counters: Any, image_count: int, m: int) -> None:
-        n, k = self.geometry.gemm_n, self.geometry.gemm_k
+    def _count(self, counters: Any, image_count: int, out_size: tuple[int, int]) -> None:
+        m, n, k = out_size[0] * out_size[1], self.geometry.gemm_n, self.geometry.gemm_k
+        self.images_of_size[out_size] += image_count
         self.gemm_shape = (m, n, k)
         self.images += image_count
         config = self.simulation.config.replace(threads=self.threads)
