@@ -14,7 +14,7 @@ import typer
 
 from sysmt.cli.app import say
 from sysmt.errors import ConfigError, SysmtError
-from sysmt.study.points import PointStore
+from sysmt.study.ledger import Ledger
 from sysmt.study.run_config import RunConfig
 from sysmt.study.subject import Subject
 
@@ -73,11 +73,11 @@ class Workload:
     config: RunConfig
     prepare: Callable[[], object] = lambda: None
 
-    def open(self, store: PointStore) -> Subject:
-        """Open it, and make sure that the points in `store` are its own."""
+    def open(self, ledger: Ledger) -> Subject:
+        """Open it, and make sure that the points in `ledger` are its own."""
         self.prepare()
         subject = Subject(self.config)
-        store.identify(self.name, subject.identity())
+        ledger.identify(self.name, subject.identity())
         return subject
 
 
@@ -113,7 +113,7 @@ def workloads(
 
 
 @contextlib.contextmanager
-def study(
+def open_ledger(
     name: str,
     networks: list[Workload],
     keys: tuple[str, ...],
@@ -121,8 +121,8 @@ def study(
     preset: str | None,
     quick: bool,
     **settings: Any,
-) -> Iterator[PointStore]:
-    """Open the directory of a study, and say at the end where its results are.
+) -> Iterator[Ledger]:
+    """Open the ledger of an experiment, and say at the end where its results are.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def study(
     keys : tuple of str
         Columns that tell its points apart.
     out : Path or None
-        By default a directory in results/ named after the study and what is run.
+        By default a directory in results/ named after the experiment and what is run.
     preset, quick
         As given on the command line.
     **settings
@@ -139,13 +139,14 @@ def study(
     """
     kind = preset.partition(":")[0] if preset else networks[0].config.model
     path = out or Path("results") / f"{name}-{kind}{'-quick' if quick else ''}"
-    with PointStore(path, name, settings, keys) as store:
+    with Ledger(path, name, settings, keys) as ledger:
         for network in networks:
-            record = network.config.to_record()
+            every = [field.name for field in dataclasses.fields(network.config)]
+            record = dict.fromkeys(every, "none") | network.config.to_record()
             remarks = {key: record.pop(key) for key in _REMARKS if key in record}
-            store.identify(network.name, record, remarks)
-        yield store
-        print(f"{len(store.points())} points in {store.seconds:.0f} s; results are in {store.path}")
+            ledger.identify(network.name, record, remarks)
+        yield ledger
+        print(f"{len(ledger.points())} points in {ledger.seconds:.0f} s; results are in {ledger.path}")
 
 
 _REMARKS = ("weights", "data", "train_data", "cpu_threads")

@@ -19,8 +19,8 @@ from sysmt.cli.options import takes
 from sysmt.config import Policy
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import array_facts, paired_difference
+from sysmt.study.ledger import Ledger
 from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.points import PointStore
 
 KEYS = ("network", "policy", "threads", "reorder")
 FLOAT = "float"
@@ -31,16 +31,16 @@ SHARED = ("resnet20",)
 def policies(chosen: dict[str, Any], preset: Preset = None, quick: Quick = False, out: Out = None) -> None:
     """Measure every policy at 2T and 4T, with and without reordering: accuracy, MSE and SQNR."""
     networks = experiment.workloads(chosen, preset, quick, SHARED)
-    with experiment.study("policies", networks, KEYS, out, preset, quick) as store:
+    with experiment.open_ledger("policies", networks, KEYS, out, preset, quick) as ledger:
         with progress_bar("policies", len(networks) * len(points_of("")), "points") as bar:
             for network in networks:
-                measure(network, store, bar)
-        points = store.points()
+                measure(network, ledger, bar)
+        points = ledger.points()
         layout = "\n".join(layout_of(points, network.name) for network in networks)
-        store.write_text("policies.md", layout)
+        ledger.write_text("policies.md", layout)
         for index, network in enumerate(networks):
             name = "policies.png" if not index else f"policies-{index + 1}.png"
-            draw(points[points["network"] == network.name], store.path / name, network.name)
+            draw(points[points["network"] == network.name], ledger.path / name, network.name)
         print(layout)
 
 
@@ -56,19 +56,19 @@ def points_of(network: str) -> list[dict[str, Any]]:
     ]
 
 
-def measure(network: Workload, store: PointStore, bar: Bar) -> None:
+def measure(network: Workload, ledger: Ledger, bar: Bar) -> None:
     """Measure what is missing of one network."""
     points = points_of(network.name)
-    missing = [point for point in points if not store.has(**point)]
+    missing = [point for point in points if not ledger.has(**point)]
     bar.advance(len(points) - len(missing))
     if not missing:
         return
-    subject = network.open(store)
+    subject = network.open(ledger)
     if missing[0]["threads"] == 0:
         evaluation = subject.evaluate(FLOAT)
-        store.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
+        ledger.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
         bar.advance(1)
-    reference = store.correct(**points[0])
+    reference = ledger.correct(**points[0])
     with subject.on_array(network.config.seed, reorder=True, errors=True) as sim:
         for point in missing:
             if point["threads"] > 1:
@@ -90,7 +90,7 @@ def measure(network: Workload, store: PointStore, bar: Bar) -> None:
                 "sqnr_db": simulated["sqnr_db"].mean(),
                 **array_facts(sim),
             }
-            store.add(values, evaluation.correct, {"layers": layers.drop(columns="threads")})
+            ledger.add(values, evaluation.correct, {"layers": layers.drop(columns="threads")})
             bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
 
 

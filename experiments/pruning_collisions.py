@@ -20,7 +20,6 @@ from experiment import Out, Preset, Quick, Workload, markdown, percent
 from torch import nn
 
 from sysmt.cli.options import takes
-from sysmt.config import parse_count
 from sysmt.errors import ConfigError
 from sysmt.nn.checkpoints import load_weights, save_weights
 from sysmt.nn.frontend import Simulation
@@ -28,8 +27,8 @@ from sysmt.nn.pruning import make_permanent, prune_model, sparsity_report
 from sysmt.nn.training import train
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import array_facts, paired_difference
+from sysmt.study.ledger import Ledger
 from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.points import PointStore
 from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "retrained", "sparsity", "setting", "recalibrated")
@@ -37,8 +36,12 @@ THREADS = {"FP32": 0, "A8W8": 1, "2T": 2, "4T": 4}
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 QUICK_SPARSITIES = (0.0, 0.4, 0.8)
 SCHEDULE = (0.1, 0.2, 0.4)
-SHARED = ("resnet20-jpeg",)
-SHARED_EPOCHS, DIGITS_EPOCHS = 2, 5
+SHARED = ("resnet20",)
+RETRAINING_IMAGES, MOST_EPOCHS = 50_000, 5
+"""Retraining sees about so many images after each step, in so many epochs at most."""
+
+TOO_MANY_IMAGES = 100_000
+"""From this size on a training set is not retrained on unless ``--epochs`` says so: a CPU would take days."""
 
 
 @takes(*experiment.OPTIONS)
@@ -60,7 +63,8 @@ def pruning_collisions(
         int | None,
         typer.Option(
             help="Epochs of retraining after each step; 0: no retraining.",
-            show_default=f"{DIGITS_EPOCHS} for digits, {SHARED_EPOCHS} for the preset, 0 else",
+            min=0,
+            show_default=f"by the number of training images, at most {MOST_EPOCHS}",
         ),
     ] = None,
     lr: Annotated[float, typer.Option(help="Largest learning rate of retraining.")] = 0.01,
@@ -72,34 +76,32 @@ def pruning_collisions(
 ) -> None:
     """Measure collisions, utilization and accuracy of networks pruned to 0 .. 80 %."""
     networks = experiment.workloads(chosen, preset, quick, SHARED, recalibration_images=4096)
-    if epochs is None:
-        epochs = SHARED_EPOCHS if preset else DIGITS_EPOCHS if networks[0].config.model == "digits" else 0
     plan = {
         False: _parse(sparsities, "sparsities") if sparsities else QUICK_SPARSITIES if quick else SPARSITIES,
-        True: _parse(schedule, "schedule") if parse_count(epochs, "epochs", minimum=0) else (),
+        True: _parse(schedule, "schedule") if epochs != 0 else (),
     }
     settings = {
         "sparsities": list(plan[False]),
         "schedule": list(plan[True]),
-        "epochs": epochs,
+        "epochs": "auto" if epochs is None else epochs,
         "lr": lr,
         "mode": mode,
     }
     name = "pruning_collisions"
-    with experiment.study(name, networks, KEYS, out, preset, quick, **settings) as store:
+    with experiment.open_ledger(name, networks, KEYS, out, preset, quick, **settings) as ledger:
         total = len(networks) * sum(map(len, plan.values())) * len(THREADS) * 2
         with progress_bar("pruning", total, "points") as bar:
             for network in networks:
-                study = _Study(network, mode, store, bar)
+                study = _Study(network, mode, ledger, bar)
                 for sparsity in plan[False]:
                     study.measure(False, sparsity)
                 study.retrain(plan[True], epochs, lr)
-        points = store.points()
+        points = ledger.points()
         layout = "\n".join(layout_of(points, network.name) for network in networks)
-        store.write_text("pruning_collisions.md", layout)
+        ledger.write_text("pruning_collisions.md", layout)
         for index, network in enumerate(networks):
             file = "pruning_collisions.png" if not index else f"pruning_collisions-{index + 1}.png"
-            draw(points[points["network"] == network.name], store.path / file, network.name)
+            draw(points[points["network"] == network.name], ledger.path / file, network.name)
         print(layout)
 
 
@@ -116,9 +118,9 @@ def _parse(text: str, name: str) -> tuple[float, ...]:
 class _Study:
     """One network, pruned again and again."""
 
-    def __init__(self, network: Workload, mode: str, store: PointStore, bar: Bar) -> None:
-        self.network, self.mode, self.store, self.bar = network, mode, store, bar
-        self.subject = network.open(store)
+    def __init__(self, network: Workload, mode: str, ledger: Ledger, bar: Bar) -> None:
+        self.network, self.mode, self.ledger, self.bar = network, mode, ledger, bar
+        self.subject = network.open(ledger)
         self._unpruned = copy.deepcopy(self.subject.model.state_dict())
 
     def points(self, retrained: bool, sparsity: float) -> list[dict[str, Any]]:
@@ -132,7 +134,7 @@ class _Study:
     def measure(self, retrained: bool, sparsity: float, state: Mapping[str, Any] | None = None) -> None:
         """Measure what is missing of one pruned network: `state`, or the original one pruned in one step."""
         points = self.points(retrained, sparsity)
-        missing = [point for point in points if not self.store.has(**point)]
+        missing = [point for point in points if not self.ledger.has(**point)]
         self.bar.advance(len(points) - len(missing))
         if not missing:
             return
@@ -163,11 +165,11 @@ class _Study:
         values = {**point, "threads": THREADS[point["setting"]], **evaluation.to_record()}
         values["zero_weights"] = _zero_share(self.subject.model, sim)
         reference = self.points(False, 0.0)[0]
-        if self.store.has(**reference):
-            compared = paired_difference(evaluation.correct, self.store.correct(**reference))
+        if self.ledger.has(**reference):
+            compared = paired_difference(evaluation.correct, self.ledger.correct(**reference))
             values["difference"], values["difference_se"] = compared
         values |= array_facts(sim) if sim else {}
-        self.store.add(values, evaluation.correct)
+        self.ledger.add(values, evaluation.correct)
         self.bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
 
     def _evaluate(self, what: str, sim: Simulation | None) -> Any:
@@ -175,13 +177,16 @@ class _Study:
             sim.reset()
         return self.subject.evaluate(what)
 
-    def retrain(self, schedule: Sequence[float], epochs: int, lr: float) -> None:
+    def retrain(self, schedule: Sequence[float], epochs: int | None, lr: float) -> None:
         """Prune and retrain step by step, measuring each step; resumes within a step."""
         model, config = self.subject.model, self.network.config
+        epochs = default_epochs(self.subject.data.images("train")) if epochs is None else epochs
+        if not epochs:
+            return
         state = self._unpruned
         for step, sparsity in enumerate(schedule):
             # Not prune_and_retrain: each step's own checkpoint lets a killed training go on.
-            weights = self.store.path / f"{_file_name(self.network.name)}-pruned-{100 * sparsity:.0f}.pt"
+            weights = self.ledger.path / f"{_file_name(self.network.name)}-pruned-{100 * sparsity:.0f}.pt"
             model.load_state_dict(state)
             if not weights.is_file():
                 training = weights.with_name(f"{weights.stem}-training.pt")
@@ -203,6 +208,13 @@ class _Study:
             load_weights(model, weights)
             state = copy.deepcopy(model.state_dict())
             self.measure(True, sparsity, state)
+
+
+def default_epochs(images: int) -> int:
+    """Return how many epochs a training set of this size is worth; 0 where it is none, or too large."""
+    if not 0 < images < TOO_MANY_IMAGES:
+        return 0
+    return max(1, min(MOST_EPOCHS, RETRAINING_IMAGES // images))
 
 
 def _zero_share(model: nn.Module, sim: Simulation | None) -> float | None:

@@ -22,8 +22,8 @@ from sysmt.cli.options import takes
 from sysmt.errors import ConfigError
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import paired_difference
+from sysmt.study.ledger import Ledger
 from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.points import PointStore
 from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "threads", "mode", "recalibration_images", "seed")
@@ -51,18 +51,18 @@ def recalibration(
     networks = experiment.workloads(chosen, preset, quick, SHARED)
     wanted = _parse(counts) if counts else QUICK_COUNTS if quick else COUNTS
     settings = {"seeds": seeds, "counts": list(wanted)}
-    with experiment.study("recalibration", networks, KEYS, out, preset, quick, **settings) as store:
+    with experiment.open_ledger("recalibration", networks, KEYS, out, preset, quick, **settings) as ledger:
         points_each = seeds * 2 * (1 + len(wanted) * len(RECALIBRATION_MODES)) + 1
         with progress_bar("recalibration", len(networks) * points_each, "points") as bar:
             for network in networks:
-                measure(network, wanted, seeds, store, bar)
-        table = summarise(store)
-        store.write("recalibration.csv", table)
+                measure(network, wanted, seeds, ledger, bar)
+        table = summarise(ledger)
+        ledger.write("recalibration.csv", table)
         layout = "\n".join(layout_of(table, network.name) for network in networks)
-        store.write_text("recalibration.md", layout)
+        ledger.write_text("recalibration.md", layout)
         for index, network in enumerate(networks):
             name = "recalibration.png" if not index else f"recalibration-{index + 1}.png"
-            draw(table[table["network"] == network.name], store.path / name, network.name)
+            draw(table[table["network"] == network.name], ledger.path / name, network.name)
         print(layout)
 
 
@@ -89,18 +89,18 @@ def points_of(network: str, counts: Sequence[int], seeds: int) -> list[dict[str,
     return points
 
 
-def measure(network: Workload, counts: Sequence[int], seeds: int, store: PointStore, bar: Bar) -> None:
+def measure(network: Workload, counts: Sequence[int], seeds: int, ledger: Ledger, bar: Bar) -> None:
     """Measure what is missing of one network."""
-    subject = network.open(store)
+    subject = network.open(ledger)
     # More images than there are would be measured again and again.
     available = subject.data.images("train")
     counts = sorted({min(count, available) for count in counts})
     points = points_of(network.name, counts, seeds)
-    missing = [point for point in points if not store.has(**point)]
+    missing = [point for point in points if not ledger.has(**point)]
     bar.advance(len(points) - len(missing))
     if missing and missing[0]["threads"] == 0:
         evaluation = subject.evaluate("float")
-        store.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
+        ledger.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
         bar.advance(1)
     for seed in range(seeds):
         here = [point for point in missing if point["seed"] == seed]
@@ -115,11 +115,11 @@ def measure(network: Workload, counts: Sequence[int], seeds: int, store: PointSt
                 else:
                     with subject.recalibrated(point["mode"], point["recalibration_images"], seed):
                         evaluation = subject.evaluate(what)
-                store.add(point | evaluation.to_record(), evaluation.correct)
+                ledger.add(point | evaluation.to_record(), evaluation.correct)
                 bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
 
 
-def summarise(store: PointStore) -> pd.DataFrame:
+def summarise(ledger: Ledger) -> pd.DataFrame:
     """Join the seeds: a row per network, threads, mode and number of images.
 
     Returns
@@ -129,10 +129,10 @@ def summarise(store: PointStore) -> pd.DataFrame:
         paired by image, each image counting with its mean over the seeds.
     """
     rows = []
-    for key, group in store.points().groupby(list(KEYS[:-1]), sort=False):
-        reference = store.correct(network=key[0], threads=0, mode=NONE, recalibration_images=0, seed=0)
+    for key, group in ledger.points().groupby(list(KEYS[:-1]), sort=False):
+        reference = ledger.correct(network=key[0], threads=0, mode=NONE, recalibration_images=0, seed=0)
         keys = group[list(KEYS)].to_dict("records")
-        hits = np.mean([store.correct(**one) for one in keys], axis=0, dtype=np.float64)
+        hits = np.mean([ledger.correct(**one) for one in keys], axis=0, dtype=np.float64)
         difference, standard_error = paired_difference(hits, reference)
         rows.append(
             {

@@ -22,8 +22,8 @@ from sysmt.nn.frontend import Simulation
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.assign import measure_errors, throttle
 from sysmt.study.evaluate import array_facts, paired_difference
+from sysmt.study.ledger import Ledger
 from sysmt.study.plots import COLOURS, MARKERS, figure
-from sysmt.study.points import PointStore
 from sysmt.study.run_config import RECALIBRATION_MODES
 from sysmt.study.subject import Subject
 
@@ -48,16 +48,18 @@ def table1(
 ) -> None:
     """Reproduce Table 1: networks down, FP32, A8W8, 2T and 4T without and with recalibration across."""
     networks = experiment.workloads(chosen, preset, quick, SHARED, recalibration_images=4096)
-    with experiment.study("table1", networks, KEYS, out, preset, quick, seeds=seeds, mode=mode) as store:
+    with experiment.open_ledger(
+        "table1", networks, KEYS, out, preset, quick, seeds=seeds, mode=mode
+    ) as ledger:
         total = len(networks) * len(list(points_of("", seeds)))
         with progress_bar("table 1", total, "points") as bar:
             for network in networks:
-                measure(network, seeds, mode, store, bar)
-        table = summarise(store)
-        store.write("table1.csv", table)
+                measure(network, seeds, mode, ledger, bar)
+        table = summarise(ledger)
+        ledger.write("table1.csv", table)
         layout = paper_layout(table)
-        store.write_text("table1.md", layout)
-        draw(table, store.path / "table1.png")
+        ledger.write_text("table1.md", layout)
+        draw(table, ledger.path / "table1.png")
         print(layout)
 
 
@@ -71,15 +73,15 @@ def points_of(network: str, seeds: int) -> Iterator[dict[str, Any]]:
                 yield {"network": network, "setting": setting, "recalibrated": recalibrated, "seed": seed}
 
 
-def measure(network: Workload, seeds: int, mode: str, store: PointStore, bar: Bar) -> None:
+def measure(network: Workload, seeds: int, mode: str, ledger: Ledger, bar: Bar) -> None:
     """Measure what is missing of one network."""
     points = list(points_of(network.name, seeds))
-    missing = [point for point in points if not store.has(**point)]
+    missing = [point for point in points if not ledger.has(**point)]
     bar.advance(len(points) - len(missing))
     if not missing:
         return
-    subject = network.open(store)
-    measurer = _Measurer(subject, mode, store, bar)
+    subject = network.open(ledger)
+    measurer = _Measurer(subject, mode, ledger, bar)
     for point in missing:
         if point["setting"] == "FP32":
             measurer.add(point, None)
@@ -108,8 +110,8 @@ def worst_layer(subject: Subject, sim: Simulation, seed: int) -> str:
 class _Measurer:
     """Evaluates one network in the state that it is in, recalibrated or not, and stores the point."""
 
-    def __init__(self, subject: Subject, mode: str, store: PointStore, bar: Bar) -> None:
-        self._subject, self._mode, self._store, self._bar = subject, mode, store, bar
+    def __init__(self, subject: Subject, mode: str, ledger: Ledger, bar: Bar) -> None:
+        self._subject, self._mode, self._ledger, self._bar = subject, mode, ledger, bar
 
     def add(self, point: Mapping[str, Any], sim: Simulation | None) -> None:
         tables = {}
@@ -123,7 +125,7 @@ class _Measurer:
             evaluation = self._evaluate(what, sim)
         reference = point | {"setting": "FP32", "recalibrated": False, "seed": 0}
         is_reference = all(point[key] == reference[key] for key in KEYS)
-        float_correct = evaluation.correct if is_reference else self._store.correct(**reference)
+        float_correct = evaluation.correct if is_reference else self._ledger.correct(**reference)
         difference, standard_error = paired_difference(evaluation.correct, float_correct)
         values = {
             **{key: point[key] for key in KEYS},
@@ -134,7 +136,7 @@ class _Measurer:
             "difference_se": standard_error,
             **(array_facts(sim) if sim else {}),
         }
-        self._store.add(values, evaluation.correct, tables)
+        self._ledger.add(values, evaluation.correct, tables)
         self._bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
 
     def _evaluate(self, what: str, sim: Simulation | None) -> Any:
@@ -146,7 +148,7 @@ class _Measurer:
 # -- the table ---------------------------------------------------------------------------------
 
 
-def summarise(store: PointStore) -> pd.DataFrame:
+def summarise(ledger: Ledger) -> pd.DataFrame:
     """Join the seeds: a row per network, setting and recalibration.
 
     Returns
@@ -156,17 +158,17 @@ def summarise(store: PointStore) -> pd.DataFrame:
         seed); ``difference`` to float with ``difference_se``, paired by image, each image counting with
         its mean over the seeds; ``gain`` of recalibration with ``gain_se``, likewise.
     """
-    points = store.points()
+    points = ledger.points()
     rows = []
     for (network, setting, recalibrated), group in points.groupby(list(KEYS[:3]), sort=False):
         base = {"network": network, "setting": setting, "recalibrated": False}
-        reference = store.correct(network=network, setting="FP32", recalibrated=False, seed=0)
-        hits = _mean_hits(store, group)
+        reference = ledger.correct(network=network, setting="FP32", recalibrated=False, seed=0)
+        hits = _mean_hits(ledger, group)
         difference, difference_se = paired_difference(hits, reference)
         gain = gain_se = math.nan
         if recalibrated:
             without = points[(points[list(base)] == pd.Series(base)).all(axis=1)]
-            gain, gain_se = paired_difference(hits, _mean_hits(store, without))
+            gain, gain_se = paired_difference(hits, _mean_hits(ledger, without))
         rows.append(
             {
                 "network": network,
@@ -188,10 +190,10 @@ def summarise(store: PointStore) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _mean_hits(store: PointStore, points: pd.DataFrame) -> np.ndarray:
+def _mean_hits(ledger: Ledger, points: pd.DataFrame) -> np.ndarray:
     """Mean over points, image by image, of whether the image was classified correctly."""
     keys = points[list(KEYS)].to_dict("records")
-    return np.mean([store.correct(**key) for key in keys], axis=0, dtype=np.float64)
+    return np.mean([ledger.correct(**key) for key in keys], axis=0, dtype=np.float64)
 
 
 def paper_layout(table: pd.DataFrame) -> str:

@@ -1,4 +1,8 @@
-"""Points of a long study: each is on disk once it is measured, and a restart goes on with the next."""
+"""The ledger of an experiment: each point is on disk once it is measured, a restart goes on with the next.
+
+For experiments, whose points are fixed beforehand and which one process works off, into plain CSV. Studies
+that choose their points, or that many workers share, use `sysmt.study.store`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ import tomli_w
 from sysmt.errors import OutputError
 from sysmt.study.results import RunDirectory, provenance, read_csv, read_toml
 
-__all__ = ["PointStore"]
+__all__ = ["Ledger"]
 
 _POINTS = "points.csv"
 _CORRECT = "correct.npz"
@@ -31,18 +35,18 @@ _HEAD = """\
 record."""
 
 
-class PointStore:
-    """A study's directory: its settings in config.toml, a row per finished point in points.csv.
+class Ledger:
+    """An experiment's directory: its settings in config.toml, a row per finished point in points.csv.
 
-    A directory that holds points of the same study with the same settings is gone on with; any other is
-    refused. Use it as a context manager: it notes at the end how the study went.
+    A directory that holds points of the same experiment with the same settings is gone on with; any
+    other is refused. Use it as a context manager: it notes at the end how the experiment went.
 
     Parameters
     ----------
     path : str or Path
-        Missing, empty, or a directory that such a study wrote.
-    study : str
-        Name of the study.
+        Missing, empty, or a directory that such an experiment wrote.
+    experiment : str
+        Its name.
     settings : mapping
         Every choice that its points depend on; plain values, as TOML has them.
     keys : sequence of str
@@ -55,15 +59,15 @@ class PointStore:
     Raises
     ------
     OutputError
-        If the directory belongs to other settings, another study or a process that is writing to
-        it now, or cannot be written.
+        If the directory belongs to other settings, another experiment or a process that is writing
+        to it now, or cannot be written.
     """
 
     def __init__(
-        self, path: str | Path, study: str, settings: Mapping[str, Any], keys: Iterable[str]
+        self, path: str | Path, experiment: str, settings: Mapping[str, Any], keys: Iterable[str]
     ) -> None:
         self._keys = tuple(keys)
-        asked = tomllib.loads(tomli_w.dumps({"study": study, "settings": settings}))
+        asked = tomllib.loads(tomli_w.dumps({"experiment": experiment, "settings": settings}))
         config = Path(path) / _CONFIG
         earlier = read_toml(config) if config.is_file() else {}
         if earlier:
@@ -75,12 +79,12 @@ class PointStore:
         self._record["made_by"] = provenance() | {"command": shlex.join(["python", *sys.argv])}
         self._seconds = float(earlier.get("outcome", {}).get("seconds", 0.0))
         self._start = time.monotonic()
+        self._added = False
         self._rows: list[dict[str, Any]] = []
         self._tables: dict[str, pd.DataFrame] = {}
         self._correct: dict[str, np.ndarray] = {}
         if (self.path / _POINTS).is_file():
             self._read_points()
-        self._write_config("running")
 
     def _take_lock(self) -> int:
         """Lock the directory itself for this process; the system lets go however the process ends."""
@@ -123,7 +127,10 @@ class PointStore:
         tables : mapping of str to DataFrame, optional
             Further rows for NAME.csv, such as one per layer; the key's columns are put before them.
         """
-        # points.csv comes last: a point is finished once everything that belongs to it is on disk.
+        # Nothing is written before the first point: a run that is refused leaves no trace. points.csv
+        # comes last: a point is finished once everything that belongs to it is on disk.
+        self._added = True
+        self._write_config("running")
         for name, table in (tables or {}).items():
             old = self._table(name)
             new = table.assign(**{key: values[key] for key in self._keys})
@@ -165,7 +172,7 @@ class PointStore:
     def identify(self, what: str, facts: Mapping[str, Any], remarks: Mapping[str, Any] | None = None) -> None:
         """Note what the points of `what` depend on, and refuse if they depended on something else.
 
-        Unlike the settings, this leaves a study open: another network can join it later.
+        Unlike the settings, this leaves an experiment open: another network can join it later.
 
         Parameters
         ----------
@@ -191,7 +198,6 @@ class PointStore:
                     "name another directory, or delete this one"
                 )
         subjects[what].setdefault("remarks", {}).update(remarks or {})
-        self._write_config("running")
 
     def write(self, name: str, table: pd.DataFrame) -> Path:
         """Write a table that follows from the points, whole."""
@@ -205,7 +211,7 @@ class PointStore:
 
     @property
     def seconds(self) -> float:
-        """Time spent on this study so far, earlier runs included."""
+        """Time spent on this experiment so far, earlier runs included."""
         return self._seconds + time.monotonic() - self._start
 
     def _write_config(self, status: str) -> None:
@@ -217,7 +223,7 @@ class PointStore:
         }
         self._directory.write_toml(_CONFIG, self._record, comment=_HEAD)
 
-    def __enter__(self) -> PointStore:
+    def __enter__(self) -> Ledger:
         return self
 
     def __exit__(
@@ -228,7 +234,8 @@ class PointStore:
         else:
             interrupted = isinstance(value, KeyboardInterrupt)
             status = "interrupted" if interrupted else f"failed: {value or type(value).__name__}"
-        self._write_config(status)
+        if value is None or self._added:
+            self._write_config(status)
         os.close(self._lock)
 
 
@@ -237,10 +244,11 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _check_same(asked: Mapping[str, Any], earlier: Mapping[str, Any], path: str | Path) -> None:
-    """Raise unless a directory's study and settings are those asked for."""
-    if earlier.get("study") != asked["study"]:
+    """Raise unless a directory's experiment and settings are those asked for."""
+    if earlier.get("experiment") != asked["experiment"]:
         raise OutputError(
-            f"{path} holds the study {earlier.get('study')!r}, not {asked['study']!r}; name another directory"
+            f"{path} holds the experiment {earlier.get('experiment')!r}, not {asked['experiment']!r}; "
+            "name another directory"
         )
     old, new = earlier.get("settings", {}), asked["settings"]
     for name in {**old, **new}:
