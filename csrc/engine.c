@@ -31,6 +31,7 @@ typedef struct Workspace {
     uint8_t *stage, *raw;
     uint32_t *planes[2]; /* the second: what the ninth bit holds */
     uint8_t *crowded;
+    int32_t (*acc)[BLOCK][TILE]; /* (blocks, tiles) */
     Events events;
     struct Correction *corrections; /* sorted by tile */
     int64_t *first_correction;      /* by tile */
@@ -42,12 +43,18 @@ typedef struct Correction {
     int32_t position;
 } Correction;
 
+/* Streams that are packed at a time. */
 static int64_t streams(const Shared *shared) {
-    return shared->layer->quads * shared->geometry.phase_count;
+    return shared->layer->chunk_quads * shared->geometry.phase_count;
 }
 
-static int words_per_quad(const Layer *layer) {
-    return QUAD / layer->word_operands;
+static int64_t tiles_of(int64_t positions) {
+    return (positions + TILE - 1) / TILE;
+}
+
+/* So many events of a chunk are corrected one by one. */
+static int64_t events_per_chunk(const Shared *shared) {
+    return streams(shared) * shared->geometry.stride / 8 + 1;
 }
 
 /* From a plane to the next, in 32-bit words. */
@@ -63,6 +70,7 @@ static void workspace_release(Workspace *workspace) {
     free(workspace->planes[0]);
     free(workspace->planes[1]);
     free(workspace->crowded);
+    free(workspace->acc);
     free(workspace->events.list);
     free(workspace->corrections);
     free(workspace->first_correction);
@@ -82,13 +90,15 @@ static Workspace *workspace_make(const Shared *shared) {
     workspace->stage = allocate(stage_bytes(shared->layer, geometry));
     workspace->raw = allocate(stage_raw_bytes(shared->layer, geometry));
     workspace->planes[0] = allocate(words * sizeof(uint32_t));
-    bool is_complete = workspace->stage && workspace->raw && workspace->planes[0];
+    int64_t tiles = tiles_of(geometry->rows_per_job * geometry->pitch);
+    workspace->acc = allocate((size_t)(shared->layer->blocks * tiles) * sizeof *workspace->acc);
+    bool is_complete = workspace->stage && workspace->raw && workspace->planes[0] && workspace->acc;
     if (shared->needs_crowded) {
         workspace->crowded = allocate((size_t)plane_stride(shared));
         is_complete &= workspace->crowded != NULL;
     }
     if (shared->can_overflow) {
-        workspace->events.capacity = streams(shared) * geometry->stride / 8 + 1;
+        workspace->events.capacity = events_per_chunk(shared) * shared->layer->chunks;
         workspace->events.list = allocate((size_t)workspace->events.capacity * sizeof(Event));
         is_complete &= workspace->events.list != NULL;
     }
@@ -127,7 +137,8 @@ typedef struct {
     Shared *shared;
     Workspace *workspace;
     int64_t group, first_row, rows;
-    bool has_excess; /* too many events: the second planes are packed and multiplied, too */
+    int64_t chunk, events_before; /* at work; events of the chunks before */
+    bool has_excess; /* too many events in this chunk: the second planes are packed and multiplied, too */
 } Job;
 
 static StageArguments stage_of(const Job *job) {
@@ -171,7 +182,7 @@ static void job_count(const Job *job, int64_t first, int64_t end) {
     pthread_mutex_unlock(&job->shared->lock);
 }
 
-/* Pack quads first..end-1 of all phases. */
+/* Pack quads first..end-1 of the chunk, all phases. */
 static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess) {
     const Shared *shared = job->shared;
     const Layer *layer = shared->layer;
@@ -182,8 +193,9 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
     int64_t positions = (geometry->guard + rows * geometry->pitch + STREAM - 1) / STREAM * STREAM;
     for (int phase = 0; phase < geometry->phase_count; phase++)
         for (int64_t quad = first; quad < end; quad++) {
-            int64_t stream = phase * layer->quads + quad,
-                    at = stream * words_per_quad(layer) * geometry->stride;
+            int64_t stream = phase * layer->chunk_quads + quad;
+            int64_t at = stream * words_per_quad(layer) * geometry->stride;
+            int64_t of_layer = job->chunk * layer->chunk_quads + quad;
             PackArguments pack = {.positions = positions,
                                   .rule = &layer->rule,
                                   .planes = shared->masks,
@@ -195,8 +207,9 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
                                   .crowded =
                                       shared->needs_crowded && !is_excess ? workspace->crowded + at : NULL,
                                   .events = shared->can_overflow && !is_excess ? &workspace->events : NULL,
-                                  .stream = (int32_t)stream};
-            const int32_t *channels = layer->channel_of + (job->group * layer->quads + quad) * QUAD;
+                                  .phase = phase,
+                                  .quad = (int32_t)of_layer};
+            const int32_t *channels = layer->channel_of + (job->group * layer->quads + of_layer) * QUAD;
             for (int byte = 0; byte < QUAD; byte++)
                 pack.channel[byte] = channels[byte] < 0 ? NULL : staged(&stage, channels[byte], phase);
             shared->ops->pack(&pack);
@@ -210,20 +223,19 @@ static int64_t job_positions(const Job *job) {
 }
 
 static int64_t job_tiles(const Job *job) {
-    return (job_positions(job) + TILE - 1) / TILE;
+    return tiles_of(job_positions(job));
 }
 
-/* Call visit for every (event, tap) that an output position of the job sees. */
+/* Count, or write, every (event, tap) that an output position of the job sees, from next[tile] on. */
 static void visit_corrections(const Job *job, int64_t *next, Correction *out) {
     const Geometry *geometry = &job->shared->geometry;
     const Events *events = &job->workspace->events;
-    int64_t positions = job_positions(job), quads = job->shared->layer->quads,
-            count = atomic_load(&events->count);
+    int64_t positions = job_positions(job), count = atomic_load(&events->count);
     for (int64_t i = 0; i < count; i++) {
         const Event *event = &events->list[i];
         for (int64_t tap = 0; tap < job->shared->layer->taps; tap++) {
             int64_t position = event->position - tap_shift(geometry, &geometry->taps[tap]);
-            if (geometry->taps[tap].phase != event->stream / quads || position < 0 || position >= positions)
+            if (geometry->taps[tap].phase != event->phase || position < 0 || position >= positions)
                 continue;
             int64_t at = next[position / TILE]++;
             if (out)
@@ -257,28 +269,32 @@ static bool prepare_corrections(const Job *job) {
     return true;
 }
 
-/* Whether the events are few enough to be corrected one by one; else pack what they lack. */
-static void job_settle_events(Job *job) {
-    const Events *events = &job->workspace->events;
-    job->has_excess = false;
-    int64_t count = job->shared->can_overflow ? atomic_load(&events->count) : 0;
-    free(job->workspace->first_correction);
-    job->workspace->first_correction = NULL;
-    if (count == 0)
-        return;
-    if (count > events->capacity) {
-        job->has_excess = true;
-        Workspace *workspace = job->workspace;
-        if (!workspace->planes[1])
-            workspace->planes[1] = allocate(
-                (size_t)(plane_stride(job->shared) * job->shared->layer->plane_count) * sizeof(uint32_t));
-        if (workspace->planes[1])
-            return;
-    } else if (prepare_corrections(job)) {
+/* Whether the chunk's events are few enough to be corrected one by one; else forget them, and pack what they
+ * lack. */
+static void job_settle_chunk(Job *job) {
+    Workspace *workspace = job->workspace;
+    int64_t count = atomic_load(&workspace->events.count);
+    job->has_excess = count - job->events_before > events_per_chunk(job->shared);
+    if (!job->has_excess) {
+        job->events_before = count;
         return;
     }
-    job->has_excess = false;
-    fail(job->shared);
+    atomic_store(&workspace->events.count, job->events_before);
+    if (!workspace->planes[1])
+        workspace->planes[1] = allocate(
+            (size_t)(plane_stride(job->shared) * job->shared->layer->plane_count) * sizeof(uint32_t));
+    if (!workspace->planes[1]) {
+        job->has_excess = false;
+        fail(job->shared);
+    }
+}
+
+/* After the last chunk: what is left to be corrected. */
+static void job_settle_events(const Job *job) {
+    free(job->workspace->first_correction);
+    job->workspace->first_correction = NULL;
+    if (job->events_before && !prepare_corrections(job))
+        fail(job->shared);
 }
 
 /* Sums to add to the channels of one tile, for the positions that events touch. */
@@ -312,10 +328,9 @@ static bool correct_tile(const Job *job, int64_t tile, int64_t first_channel, in
     for (int64_t i = first; i < end; i++) {
         const Correction *correction = &workspace->corrections[i];
         const Event *event = &workspace->events.list[correction->event];
-        int64_t quad = event->stream % layer->quads;
         const uint32_t *raw =
             layer->raw +
-            ((job->group * layer->taps + correction->tap) * layer->quads + quad) * layer->shape.n +
+            ((job->group * layer->taps + correction->tap) * layer->quads + event->quad) * layer->shape.n +
             first_channel;
         job->shared->ops->correct(raw, channels, event, &layer->rule,
                                   corrections->sums +
@@ -375,62 +390,83 @@ static void place_tile(const Job *job, int64_t tile, TilePlaces *places) {
     }
 }
 
-/* ---- multiplying ---- */
+/* ---- multiplying and storing ---- */
 
-static void multiply_block(const Job *job, int64_t tile, int64_t block, int positions,
-                           int32_t acc[BLOCK][TILE]) {
-    const Shared *shared = job->shared;
-    const Layer *layer = shared->layer;
-    int64_t first = job->group * layer->shape.n + block * BLOCK;
-    int channels = layer->shape.n - block * BLOCK < BLOCK ? (int)(layer->shape.n - block * BLOCK) : BLOCK;
+static int channels_of(const Layer *layer, int64_t block) {
+    int64_t left = layer->shape.n - block * BLOCK;
+    return left < BLOCK ? (int)left : BLOCK;
+}
+
+static int positions_of(const Job *job, int64_t tile) {
+    int64_t left = job_positions(job) - tile * TILE;
+    return left < TILE ? (int)left : TILE;
+}
+
+static void start_sums(const Job *job, int64_t block, int32_t acc[BLOCK][TILE]) {
+    const Layer *layer = job->shared->layer;
+    int channels = channels_of(layer, block);
     for (int c = 0; c < BLOCK; c++) {
-        int32_t offset = c < channels ? layer->offset[first + c] : 0;
+        int32_t offset = c < channels ? layer->offset[job->group * layer->shape.n + block * BLOCK + c] : 0;
         for (int i = 0; i < TILE; i++)
             acc[c][i] = offset;
     }
-    for (int pass = 0; pass <= job->has_excess; pass++) {
+}
+
+/* The chunk's products for channel blocks first..end-1. */
+static void job_multiply(const Job *job, int64_t first, int64_t end) {
+    const Shared *shared = job->shared;
+    const Layer *layer = shared->layer;
+    const Workspace *workspace = job->workspace;
+    int64_t tiles = job_tiles(job), step = first_step(layer, job->chunk);
+    for (int64_t block = first; block < end; block++) {
+        int64_t in_layer = job->group * layer->blocks + block;
+        int64_t channel = job->group * layer->shape.n + block * BLOCK;
         MultiplyArguments multiply = {
-            .planes = job->workspace->planes[pass] + tile * TILE,
             .plane_stride = plane_stride(shared),
-            .crowded = shared->needs_crowded ? job->workspace->crowded + tile * TILE : NULL,
             .step_offset = shared->step_offset,
             .layer = layer,
-            .dense = layer->dense +
-                     (job->group * layer->blocks + block) * layer->steps * form_words(layer->form) * BLOCK,
-            .first_entry = layer->first_entry + first,
-            .channels = channels,
-            .positions = positions,
-            .acc = acc};
-        shared->ops->multiply(&multiply);
+            .first_step = step,
+            .steps = steps_of_chunk(layer, job->chunk),
+            .dense = layer->dense + (in_layer * layer->steps + step) * form_words(layer->form) * BLOCK,
+            .first_entry = layer->first_entry + channel * layer->chunks + job->chunk,
+            .channels = channels_of(layer, block)};
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            multiply.acc = workspace->acc[block * tiles + tile];
+            multiply.positions = positions_of(job, tile);
+            if (job->chunk == 0)
+                start_sums(job, block, multiply.acc);
+            for (int pass = 0; pass <= job->has_excess; pass++) {
+                multiply.planes = workspace->planes[pass] + tile * TILE;
+                multiply.crowded = shared->needs_crowded ? workspace->crowded + tile * TILE : NULL;
+                shared->ops->multiply(&multiply);
+            }
+        }
     }
 }
 
-/* All tiles of the job, for channel blocks first..end-1. */
-static void job_multiply(const Job *job, int64_t first, int64_t end) {
+/* Send the sums of channel blocks first..end-1 on their way. */
+static void job_store(const Job *job, int64_t first, int64_t end) {
     Shared *shared = job->shared;
     const Layer *layer = shared->layer;
-    int64_t first_channel = first * BLOCK, positions = job_positions(job);
-    int64_t channels = (end * BLOCK < layer->shape.n ? end * BLOCK : layer->shape.n) - first_channel;
+    int64_t first_channel = first * BLOCK, tiles = job_tiles(job);
+    int64_t channels = (end - 1) * BLOCK + channels_of(layer, end - 1) - first_channel;
     TileCorrections corrections = {.sums = NULL};
     TilePlaces places;
-    _Alignas(64) int32_t acc[BLOCK][TILE];
-    for (int64_t tile = 0; tile * TILE < positions; tile++) {
-        int here = positions - tile * TILE < TILE ? (int)(positions - tile * TILE) : TILE;
+    for (int64_t tile = 0; tile < tiles; tile++) {
         place_tile(job, tile, &places);
         if (!correct_tile(job, tile, first_channel, channels, &corrections)) {
             fail(shared);
             break;
         }
         for (int64_t block = first; block < end; block++) {
-            int count =
-                layer->shape.n - block * BLOCK < BLOCK ? (int)(layer->shape.n - block * BLOCK) : BLOCK;
-            multiply_block(job, tile, block, here, acc);
+            int32_t (*acc)[TILE] = job->workspace->acc[block * tiles + tile];
+            int count = channels_of(layer, block);
             if (corrections.touched)
                 add_corrections(&corrections, channels, block * BLOCK - first_channel, count, acc);
             StoreArguments store = {.sink = &shared->geometry.sink,
                                     .first_channel = job->group * layer->shape.n + block * BLOCK,
                                     .channels = count,
-                                    .positions = here,
+                                    .positions = positions_of(job, tile),
                                     .runs = places.runs,
                                     .run_count = places.run_count,
                                     .lane_to = places.lane_to,
@@ -465,11 +501,16 @@ static void run_job(void *context, int64_t index) {
         job_im2col(&job, 0, layer->channels);
     if (shared->count)
         job_count(&job, 0, layer->quads);
-    job_pack(&job, 0, layer->quads, false);
+    for (job.chunk = 0; job.chunk < layer->chunks; job.chunk++) {
+        int64_t quads = quads_of_chunk(layer, job.chunk);
+        job_pack(&job, 0, quads, false);
+        job_settle_chunk(&job);
+        if (job.has_excess)
+            job_pack(&job, 0, quads, true);
+        job_multiply(&job, 0, layer->blocks);
+    }
     job_settle_events(&job);
-    if (job.has_excess)
-        job_pack(&job, 0, layer->quads, true);
-    job_multiply(&job, 0, layer->blocks);
+    job_store(&job, 0, layer->blocks);
     workspace_give(shared, workspace);
 }
 
@@ -515,11 +556,16 @@ static void run_job_in_steps(Shared *shared, int64_t index, int cpu_threads) {
         run_step(&job, job_im2col, layer->channels, 1, cpu_threads);
     if (shared->count)
         run_step(&job, job_count, layer->quads, 1, cpu_threads);
-    run_step(&job, pack_values, layer->quads, 1, cpu_threads);
+    for (job.chunk = 0; job.chunk < layer->chunks; job.chunk++) {
+        int64_t quads = quads_of_chunk(layer, job.chunk);
+        run_step(&job, pack_values, quads, 1, cpu_threads);
+        job_settle_chunk(&job);
+        if (job.has_excess)
+            run_step(&job, pack_excess, quads, 1, cpu_threads);
+        run_step(&job, job_multiply, layer->blocks, 1, cpu_threads);
+    }
     job_settle_events(&job);
-    if (job.has_excess)
-        run_step(&job, pack_excess, layer->quads, 1, cpu_threads);
-    run_step(&job, job_multiply, layer->blocks, 1, cpu_threads);
+    run_step(&job, job_store, layer->blocks, 1, cpu_threads);
     workspace_give(shared, workspace);
 }
 
@@ -553,11 +599,15 @@ static bool prepare(Shared *shared) {
     shared->needs_crowded = layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND;
     shared->can_overflow = layer->raw && reduces;
     int words = words_per_quad(layer);
-    for (int64_t step = 0; step < layer->steps; step++) {
-        const Tap *tap = &geometry->taps[step / words / layer->quads];
-        int64_t stream = (tap->phase * layer->quads + step / words % layer->quads) * words + step % words;
-        shared->step_offset[step] = (uint32_t)(stream * geometry->stride + tap_shift(geometry, tap));
-    }
+    uint32_t *offset = shared->step_offset;
+    for (int64_t chunk = 0; chunk < layer->chunks; chunk++)
+        for (int64_t tap = 0; tap < layer->taps; tap++)
+            for (int64_t quad = 0; quad < quads_of_chunk(layer, chunk); quad++)
+                for (int word = 0; word < words; word++) {
+                    const Tap *at = &geometry->taps[tap];
+                    int64_t stream = (at->phase * layer->chunk_quads + quad) * words + word;
+                    *offset++ = (uint32_t)(stream * geometry->stride + tap_shift(geometry, at));
+                }
     return plane_stride(shared) <= UINT32_MAX;
 }
 

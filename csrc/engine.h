@@ -16,8 +16,7 @@ enum {
 
 /* An activation whose reduced value needs nine bits: the plane holds one less. */
 typedef struct {
-    int32_t position; /* in the stream */
-    int32_t stream;   /* phase * quads + quad */
+    int32_t position, phase, quad;
     uint8_t byte, pattern;
 } Event;
 
@@ -46,7 +45,7 @@ typedef struct {
     int64_t plane_stride, word_stride;
     uint8_t *crowded; /* 255 where three or more activations are non-zero; NULL if not needed */
     Events *events;   /* NULL if not needed */
-    int32_t stream;
+    int32_t phase, quad;
 } PackArguments;
 
 /* One block of channels times one tile of positions, added to acc. */
@@ -54,10 +53,11 @@ typedef struct {
     const uint32_t *planes; /* at the tile's first position */
     int64_t plane_stride;
     const uint8_t *crowded;      /* likewise */
-    const uint32_t *step_offset; /* positions, by step */
+    const uint32_t *step_offset; /* positions, by step of the layer */
     const Layer *layer;
-    const uint32_t *dense;      /* of this block */
-    const int64_t *first_entry; /* of its first channel */
+    int64_t first_step, steps;  /* of the chunk */
+    const uint32_t *dense;      /* of this block and chunk */
+    const int64_t *first_entry; /* of its first channel, this chunk; a channel further: + chunks */
     int channels;               /* 1..BLOCK */
     int positions;              /* 1..TILE */
     int32_t (*acc)[TILE];       /* (BLOCK, TILE) */

@@ -75,8 +75,7 @@ static void merge_axes(Geometry *geometry) {
     geometry->out_width = source->width;
 }
 
-/* Bytes of packed planes that a job may fill: about what stays close to the core. */
-enum { JOB_BYTES = 3 << 19, CHUNK_POSITIONS = 512, LEAST_POSITIONS = 256 };
+enum { CHUNK_POSITIONS = 512, LEAST_POSITIONS = 128 };
 
 static void cut_jobs(Geometry *geometry, const Layer *layer, int cpu_threads) {
     int64_t width = geometry->out_width;
@@ -88,15 +87,13 @@ static void cut_jobs(Geometry *geometry, const Layer *layer, int cpu_threads) {
     }
     int64_t batch = geometry->source.batch, per_image = geometry->out_height * geometry->chunks;
     bool stays_in_image = !geometry->is_pointwise || layer->is_im2col;
-    int64_t words = QUAD / layer->word_operands;
-    int64_t position_bytes = layer->quads * geometry->phase_count * (words * layer->plane_count + 1) * 4;
-    int64_t positions = max64(LEAST_POSITIONS, JOB_BYTES / max64(1, position_bytes));
+    int64_t positions = wanted_positions(layer);
     int64_t available = stays_in_image ? per_image : per_image * batch;
     int64_t rows = max64(1, min64(available, positions / geometry->pitch));
     /* Enough jobs for every thread, as long as they do not become tiny. */
     int64_t others = stays_in_image ? batch * layer->shape.groups : layer->shape.groups;
     int64_t wanted = cpu_threads > 1 ? ceil_div(4 * (int64_t)cpu_threads, others) : 1;
-    int64_t least = max64(1, ceil_div(LEAST_POSITIONS / 2, geometry->pitch));
+    int64_t least = max64(1, ceil_div(LEAST_POSITIONS, geometry->pitch));
     rows = max64(min64(rows, least), min64(rows, ceil_div(available, wanted)));
     rows = ceil_div(available, ceil_div(available, rows)); /* evenly */
     geometry->rows = batch * per_image;

@@ -317,8 +317,9 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, int first, int64_t
     __m256i acc[HALF][2];
     UNROLL for (int c = 0; c < HALF; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
         load_acc(&multiply->acc[first + c][at + v * LANES]);
-    for (int64_t step = 0; step < layer->steps; step++, word += words * BLOCK) {
-        int64_t offset = multiply->step_offset[step];
+    const uint32_t *offsets = multiply->step_offset + multiply->first_step;
+    for (int64_t step = 0; step < multiply->steps; step++, word += words * BLOCK) {
+        int64_t offset = offsets[step];
         __m256i a0[2], a1[2], crowded[2];
         UNROLL for (int v = 0; v < vectors; v++) {
             a0[v] = load_plane(plane0 + offset + v * LANES);
@@ -357,8 +358,8 @@ INLINE void multiply_dense(const MultiplyArguments *multiply, const Form form) {
 
 /* The entries of one channel. */
 INLINE void spmv_s16s16s32(const MultiplyArguments *multiply, int channel, int at, const int vectors) {
-    const Entry *entry = multiply->layer->entries + multiply->first_entry[channel];
-    const Entry *end = multiply->layer->entries + multiply->first_entry[channel + 1];
+    const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
+    const Entry *entry = multiply->layer->entries + first[0], *end = multiply->layer->entries + first[1];
     const uint32_t *planes = multiply->planes + at;
     __m256i acc[8];
     UNROLL for (int v = 0; v < vectors; v++) acc[v] = load_acc(&multiply->acc[channel][at + v * LANES]);
@@ -374,6 +375,9 @@ INLINE void spmv_s16s16s32(const MultiplyArguments *multiply, int channel, int a
 }
 
 static void multiply_entries(const MultiplyArguments *multiply, int channel) {
+    const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
+    if (first[0] == first[1])
+        return;
     int vectors = (multiply->positions + LANES - 1) / LANES, at = 0;
     for (; vectors >= 8; vectors -= 8, at += 8 * LANES)
         spmv_s16s16s32(multiply, channel, at, 8);
@@ -401,8 +405,7 @@ static void multiply(const MultiplyArguments *multiply) {
         break;
     }
     for (int c = 0; c < multiply->channels; c++)
-        if (multiply->first_entry[c] < multiply->first_entry[c + 1])
-            multiply_entries(multiply, c);
+        multiply_entries(multiply, c);
 }
 
 /* ---- storing ---- */

@@ -193,8 +193,8 @@ static void record_events(const PackArguments *pack, int64_t at, uint64_t bytes,
     int64_t index = atomic_fetch_add(&events->count, __builtin_popcountll(bytes));
     for (; bytes && index < events->capacity; bytes &= bytes - 1, index++) {
         int bit = __builtin_ctzll(bytes);
-        events->list[index] = (Event){(int32_t)(at + bit / QUAD), pack->stream, (uint8_t)(bit % QUAD),
-                                      (uint8_t)pattern[bit / QUAD]};
+        events->list[index] = (Event){(int32_t)(at + bit / QUAD), pack->phase, pack->quad,
+                                      (uint8_t)(bit % QUAD), (uint8_t)pattern[bit / QUAD]};
     }
 }
 
@@ -297,8 +297,9 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, int64_t at, const in
     __m512i acc[BLOCK][2];
     UNROLL for (int c = 0; c < BLOCK; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
         _mm512_load_si512(&multiply->acc[c][at + v * LANES]);
-    for (int64_t step = 0; step < layer->steps; step++, word += words * BLOCK) {
-        int64_t offset = multiply->step_offset[step];
+    const uint32_t *offsets = multiply->step_offset + multiply->first_step;
+    for (int64_t step = 0; step < multiply->steps; step++, word += words * BLOCK) {
+        int64_t offset = offsets[step];
         __m512i a0[2], a1[2];
         __mmask16 crowded[2] = {0, 0};
         UNROLL for (int v = 0; v < vectors; v++) {
@@ -337,8 +338,8 @@ INLINE void multiply_dense(const MultiplyArguments *multiply, const Form form) {
 
 /* The entries of one channel; two sets of accumulators hide the latency. */
 INLINE void spmv_u8s8s32(const MultiplyArguments *multiply, int channel, int at, const int vectors) {
-    const Entry *entry = multiply->layer->entries + multiply->first_entry[channel];
-    const Entry *end = multiply->layer->entries + multiply->first_entry[channel + 1];
+    const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
+    const Entry *entry = multiply->layer->entries + first[0], *end = multiply->layer->entries + first[1];
     const uint32_t *planes = multiply->planes + at;
     __m512i acc[2][8];
     UNROLL for (int v = 0; v < vectors; v++) {
@@ -360,6 +361,9 @@ INLINE void spmv_u8s8s32(const MultiplyArguments *multiply, int channel, int at,
 }
 
 static void multiply_entries(const MultiplyArguments *multiply, int channel) {
+    const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
+    if (first[0] == first[1])
+        return;
     int vectors = (multiply->positions + LANES - 1) / LANES, at = 0;
     if (vectors == 8) {
         spmv_u8s8s32(multiply, channel, 0, 8);
@@ -393,8 +397,7 @@ static void multiply(const MultiplyArguments *multiply) {
         break;
     }
     for (int c = 0; c < multiply->channels; c++)
-        if (multiply->first_entry[c] < multiply->first_entry[c + 1])
-            multiply_entries(multiply, c);
+        multiply_entries(multiply, c);
 }
 
 /* The weight that thread `byte` meets where its activation was reduced; 0 where it was not. */

@@ -332,36 +332,55 @@ static void write_channel(Writer *writer, const int8_t *weights, int64_t group, 
     bool blends = layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND;
     int64_t block_words = layer->steps * form_words(layer->form) * BLOCK;
     uint32_t *block = layer->dense + (group * layer->blocks + n / BLOCK) * block_words;
+    int64_t step = 0;
     writer->word_sum = 0;
-    for (int64_t step = 0; step < layer->taps * layer->quads; step++) {
-        int8_t w[QUAD];
-        fetch_quad(layer, weights, group, n, step / layer->quads, step % layer->quads, w);
-        if (blends && is_dense(w))
-            write_blend(writer, block, step, (int)(n % BLOCK), w);
-        else
-            write_terms(writer, block, step, (int)(n % BLOCK), w);
+    for (int64_t chunk = 0; chunk < layer->chunks; chunk++) {
+        if (!writer->is_counting)
+            layer->first_entry[(group * layer->shape.n + n) * layer->chunks + chunk] = writer->entry;
+        for (int64_t tap = 0; tap < layer->taps; tap++)
+            for (int64_t quad = 0; quad < quads_of_chunk(layer, chunk); quad++, step++) {
+                int8_t w[QUAD];
+                fetch_quad(layer, weights, group, n, tap, chunk * layer->chunk_quads + quad, w);
+                if (blends && is_dense(w))
+                    write_blend(writer, block, step, (int)(n % BLOCK), w);
+                else
+                    write_terms(writer, block, step, (int)(n % BLOCK), w);
+            }
     }
 }
 
-/* One pass over the weights; returns how many entries there are. */
+/* One pass over the weights; returns how many entries there are, and notes the planes that are in use. */
 static int64_t write_program(Layer *layer, const int8_t *weights, bool is_counting) {
     Writer writer = {.layer = layer, .is_counting = is_counting};
     memcpy(writer.set.planes, layer->planes, sizeof layer->planes);
     writer.set.count = layer->plane_count;
     int64_t channels = layer->shape.groups * layer->shape.n;
     for (int64_t i = 0; i < channels; i++) {
-        if (!is_counting)
-            layer->first_entry[i] = writer.entry;
         write_channel(&writer, weights, i / layer->shape.n, i % layer->shape.n);
         if (!is_counting)
             layer->offset[i] = is_biased(layer) ? -128 * writer.word_sum : 0;
     }
-    if (!is_counting) {
-        layer->first_entry[channels] = writer.entry;
-        memcpy(layer->planes, writer.set.planes, sizeof layer->planes);
-        layer->plane_count = writer.set.count;
-    }
+    if (!is_counting)
+        layer->first_entry[channels * layer->chunks] = writer.entry;
+    memcpy(layer->planes, writer.set.planes, sizeof layer->planes);
+    layer->plane_count = writer.set.count;
     return writer.entry;
+}
+
+/* As many quads as keep a job's planes in the core's cache. */
+static void choose_chunks(Layer *layer) {
+    enum { PLANES_BYTES = 384 << 10 };
+    const ConvShape *shape = &layer->shape;
+    int64_t phases = layer->is_im2col ? 1 : shape->stride_h * shape->stride_w;
+    phases = phases < layer->taps ? phases : layer->taps;
+    int64_t quad_bytes = wanted_positions(layer) * 4 * words_per_quad(layer) * layer->plane_count * phases;
+    int64_t quads = quad_bytes ? PLANES_BYTES / quad_bytes : layer->quads;
+    quads = quads < 4 ? 4 : quads;
+    if (layer->quads == 0)
+        return; /* an empty layer: one empty chunk */
+    layer->chunks = (layer->quads + quads - 1) / quads;
+    layer->chunk_quads = (layer->quads + layer->chunks - 1) / layer->chunks;
+    layer->chunks = (layer->quads + layer->chunk_quads - 1) / layer->chunk_quads;
 }
 
 /* Which channel stands at (quad, byte): channels of one slot, and of neighbouring slots where T < 4. */
@@ -453,14 +472,12 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
     layer->blocks = (shape->n + BLOCK - 1) / BLOCK;
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
     layer->channel_of = allocate(shape->groups * layer->quads * QUAD, sizeof *layer->channel_of);
-    layer->first_entry = allocate(outputs + 1, sizeof *layer->first_entry);
     layer->offset = allocate(outputs, sizeof *layer->offset);
     layer->tallies =
         allocate(quads * slots_per_quad(rule) * tally_length(rule->threads), sizeof *layer->tallies);
     if (needs_ninth_bit(layer))
         layer->raw = allocate(quads * shape->n, sizeof *layer->raw);
-    if (!layer->channel_of || !layer->first_entry || !layer->offset || !layer->tallies ||
-        (needs_ninth_bit(layer) && !layer->raw)) {
+    if (!layer->channel_of || !layer->offset || !layer->tallies || (needs_ninth_bit(layer) && !layer->raw)) {
         program_release(layer);
         return NULL;
     }
@@ -468,8 +485,12 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
     choose_form(layer, weights);
     layer->dense = allocate(shape->groups * layer->blocks * layer->steps * form_words(layer->form) * BLOCK,
                             sizeof *layer->dense);
+    layer->chunks = 1;
+    layer->chunk_quads = layer->quads; /* until the planes are counted */
     layer->entries = allocate(write_program(layer, weights, true), sizeof *layer->entries);
-    if (!layer->dense || !layer->entries) {
+    choose_chunks(layer);
+    layer->first_entry = allocate(outputs * layer->chunks + 1, sizeof *layer->first_entry);
+    if (!layer->dense || !layer->entries || !layer->first_entry) {
         program_release(layer);
         return NULL;
     }
@@ -483,9 +504,9 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
 size_t program_bytes(const Layer *layer) {
     const ConvShape *shape = &layer->shape;
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
-    int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * 12;
+    int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * (4 + 8 * layer->chunks);
     bytes += shape->groups * layer->blocks * layer->steps * form_words(layer->form) * BLOCK * 4;
-    bytes += layer->first_entry[outputs] * (int64_t)sizeof(Entry);
+    bytes += layer->first_entry[outputs * layer->chunks] * (int64_t)sizeof(Entry);
     bytes += quads * slots_per_quad(&layer->rule) * tally_length(layer->rule.threads) * 4;
     bytes += layer->raw ? quads * shape->n * 4 : 0;
     return (size_t)bytes;

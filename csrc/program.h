@@ -46,14 +46,15 @@ struct Layer {
     int64_t slots, quads; /* per tap */
     int32_t *channel_of;  /* (groups, quads, QUAD), -1 for padding */
 
-    /* The program. */
-    int64_t steps;  /* (tap, quad, word of the quad) */
+    /* The program. K is worked off in chunks of quads, so that a chunk's planes stay in the core's cache. */
+    int64_t chunk_quads, chunks;
+    int64_t steps;  /* (chunk, tap, quad of the chunk, word of the quad) */
     int64_t blocks; /* of BLOCK channels, per group */
     Form form;
     int dense_plane[2];   /* P0, P1 */
     uint32_t *dense;      /* (groups, blocks, steps, words of the form, BLOCK) */
     Entry *entries;       /* sorted by (group, n) */
-    int64_t *first_entry; /* (groups * n + 1) */
+    int64_t *first_entry; /* (groups * n * chunks + 1) */
     int32_t *offset;      /* (groups * n): -128 * sum of the words, where planes are biased by 128; else 0 */
     Plane planes[MAX_PLANES];
     int plane_count;
@@ -71,6 +72,31 @@ void program_release(Layer *layer);
 
 static inline int form_words(Form form) {
     return form == FORM_NONE ? 0 : form == FORM_PLAIN ? 1 : form == FORM_SELECT_BLEND ? 3 : 2;
+}
+
+static inline int words_per_quad(const Layer *layer) {
+    return QUAD / layer->word_operands;
+}
+
+/* Quads of one chunk; the last may have fewer. */
+static inline int64_t quads_of_chunk(const Layer *layer, int64_t chunk) {
+    int64_t left = layer->quads - chunk * layer->chunk_quads;
+    return left < layer->chunk_quads ? left : layer->chunk_quads;
+}
+
+static inline int64_t first_step(const Layer *layer, int64_t chunk) {
+    return chunk * layer->chunk_quads * layer->taps * words_per_quad(layer);
+}
+
+static inline int64_t steps_of_chunk(const Layer *layer, int64_t chunk) {
+    return quads_of_chunk(layer, chunk) * layer->taps * words_per_quad(layer);
+}
+
+/* Output positions that a job aims at: their sums, for all channels, stay in the core's cache, too. */
+static inline int64_t wanted_positions(const Layer *layer) {
+    enum { SUMS_BYTES = 384 << 10, LEAST = 128, MOST = 1024 };
+    int64_t positions = SUMS_BYTES / 4 / (layer->shape.n ? layer->shape.n : 1);
+    return positions < LEAST ? LEAST : positions > MOST ? MOST : positions;
 }
 
 /* The planes are bytes, and signed activations are biased to make them unsigned. */
