@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from sysmt.hw.gemm import GemmResult, simulate_gemm
     from sysmt.hw.kernels import active_path, available_paths
     from sysmt.hw.stats import Counters, GemmStats
-    from sysmt.nn.batchnorm import fold_batchnorm, recalibrate_batchnorm
+    from sysmt.nn.batchnorm import recalibrate_batchnorm
+    from sysmt.nn.folding import fold_batchnorm
     from sysmt.nn.frontend import Simulation, attach
     from sysmt.quant.uniform import ActivationRange
 
@@ -46,7 +47,8 @@ _HOMES = {
     "sysmt.hw.gemm": ("GemmResult", "simulate_gemm"),
     "sysmt.hw.kernels": ("active_path", "available_paths"),
     "sysmt.hw.stats": ("Counters", "GemmStats"),
-    "sysmt.nn.batchnorm": ("fold_batchnorm", "recalibrate_batchnorm"),
+    "sysmt.nn.batchnorm": ("recalibrate_batchnorm",),
+    "sysmt.nn.folding": ("fold_batchnorm",),
     "sysmt.nn.frontend": ("Simulation", "attach"),
     "sysmt.quant.uniform": ("ActivationRange",),
 }

@@ -266,8 +266,8 @@ class Simulation:
             raise ConfigError(f"percentile={percentile!r} is out of range; it must be in (0, 100]")
         if reorder and iter(loader) is loader:
             raise CalibrationError(
-                "reordering needs a second pass over the calibration data, but the loader is an iterator that "
-                "can be used only once; pass a list or a DataLoader"
+                "reordering needs a second pass over the calibration data, but the loader is an iterator "
+                "that can be used only once; pass a list or a DataLoader"
             )
         if self._first_name is not None:
             layer = self.layers[self._first_name]
