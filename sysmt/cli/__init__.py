@@ -16,6 +16,7 @@ from sysmt.cli.info import info
 from sysmt.cli.plot import plot
 from sysmt.cli.prune import prune
 from sysmt.cli.run import run
+from sysmt.cli.topology import topology
 
 __all__ = ["app", "main"]
 
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(root)
 
-for command in (run, calibrate, prune, gemm, plot, info):
+for command in (run, calibrate, prune, gemm, plot, topology, info):
     app.command()(command)
 
 
