@@ -276,8 +276,9 @@ class _Run:
             raise ConfigError(f"{type(first).__name__} has no length; training must know the steps per epoch")
         self.images: int = getattr(first, "images", 0)
         self.optimizer = _make_optimizer(model, recipe)
-        steps = max(1, len(first) * recipe["epochs"])
-        self.scheduler = _make_scheduler(self.optimizer, recipe, steps)
+        lone = self.images > recipe["batch_size"] and self.images % recipe["batch_size"] == 1
+        steps = (len(first) - lone) * recipe["epochs"]  # `epoch` leaves a lone last image out
+        self.scheduler = _make_scheduler(self.optimizer, recipe, max(1, steps))
         if checkpoint is not None:
             if isinstance(data, ImageData):
                 self.recipe["data"] = data.fingerprint()
