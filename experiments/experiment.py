@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import shared_data
 import typer
 
+from sysmt.cli import options
 from sysmt.cli.app import say
 from sysmt.errors import ConfigError, SysmtError
 from sysmt.study.ledger import Ledger
@@ -19,19 +20,12 @@ from sysmt.study.run_config import RunConfig
 from sysmt.study.subject import Subject
 
 OPTIONS = (
-    "model",
-    "weights",
-    "data",
-    "train_data",
-    "preprocessing",
-    "image_size",
-    "skip_bad_images",
+    *options.NETWORK,
+    *options.ARRAY,
+    *options.MACHINE,
     "images",
     "calibration_images",
     "recalibration_images",
-    "batch_size",
-    "cpu_threads",
-    "seed",
 )
 """Choices of `RunConfig` that every experiment takes."""
 
@@ -145,7 +139,11 @@ def open_ledger(
             record = dict.fromkeys(every, "none") | network.config.to_record()
             remarks = {key: record.pop(key) for key in _REMARKS if key in record}
             ledger.identify(network.name, record, remarks)
-        yield ledger
+        try:
+            yield ledger
+        except KeyboardInterrupt:
+            say("stopped; the same command goes on from here", "yellow")
+            raise
         print(f"{len(ledger.points())} points in {ledger.seconds:.0f} s; results are in {ledger.path}")
 
 
@@ -174,12 +172,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def main(command: Callable[..., None]) -> None:
-    """Run an experiment's command line; an error is one line, and Ctrl-C keeps what was measured."""
+    """Run an experiment's command line; an error is one line and exit code 2."""
     try:
         typer.run(command)
     except SysmtError as error:
         say(f"error: {' '.join(str(error).split())}", "bold red")
         sys.exit(2)
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here", "yellow")
-        sys.exit(130)

@@ -27,7 +27,7 @@ FLOAT = "float"
 SHARED = ("resnet20",)
 
 
-@takes(*experiment.OPTIONS)
+@takes(*(name for name in experiment.OPTIONS if name not in ("policy", "recalibration_images")))
 def policies(chosen: dict[str, Any], preset: Preset = None, quick: Quick = False, out: Out = None) -> None:
     """Measure every policy at 2T and 4T, with and without reordering: accuracy, MSE and SQNR."""
     networks = experiment.workloads(chosen, preset, quick, SHARED)
