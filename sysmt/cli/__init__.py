@@ -17,6 +17,7 @@ from sysmt.cli.plot import plot
 from sysmt.cli.prune import prune
 from sysmt.cli.run import run
 from sysmt.cli.topology import topology
+from sysmt.cli.trace import trace
 
 __all__ = ["app", "main"]
 
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(root)
 
-for command in (run, calibrate, prune, gemm, plot, topology, info):
+for command in (run, calibrate, prune, gemm, plot, topology, trace, info):
     app.command()(command)
 
 

@@ -17,7 +17,7 @@ from sysmt.hw.layer import Layer
 from sysmt.hw.memory import Memory, Traffic, layer_traffic
 from sysmt.hw.stats import GemmStats
 
-__all__ = ["LayerResult", "draw_operands", "read_operands", "simulate_layer"]
+__all__ = ["LayerResult", "draw_operands", "read_matrix", "read_operands", "simulate_layer"]
 
 SPREAD = 4.0
 """Standard deviations from 0 to the largest code, in drawn operands."""
@@ -164,11 +164,12 @@ def read_operands(layer: Layer, directory: str | Path) -> Operands:
     OperandError
         If a file is missing, is no plain .npy matrix, or has another shape than the layer.
     """
-    a, b = (_read(Path(directory) / f"{layer.name}.{part}.npy") for part in ("a_mk", "b_kn"))
+    a, b = (read_matrix(Path(directory) / f"{layer.name}.{part}.npy") for part in ("a_mk", "b_kn"))
     return a, b
 
 
-def _read(path: Path) -> np.ndarray:
+def read_matrix(path: str | Path) -> np.ndarray:
+    """Read a matrix from a plain .npy file; raise `OperandError` naming the file otherwise."""
     try:
         matrix = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
