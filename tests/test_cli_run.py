@@ -335,6 +335,17 @@ def test_ctrl_c_keeps_what_was_measured(in_tmp, monkeypatch):
     assert Path("r/accuracy.png").exists()
 
 
+def test_ctrl_c_while_plotting_still_shows_the_table(in_tmp, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sysmt.study.run.draw_run", interrupt)
+    result = invoke("run", *workload(in_tmp), "--threads", 2, "--out", "r")
+    assert result.exit_code == 130
+    assert "2T" in result.stdout
+    assert list(summary_of("r").index) == ["float", "2T"]
+
+
 def test_an_error_in_a_later_setting_keeps_what_was_measured(in_tmp, monkeypatch):
     fail_at(monkeypatch, "4T", CalibrationError("layer 'x' broke"))
     result = invoke("run", *workload(in_tmp), "--out", "r")

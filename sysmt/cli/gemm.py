@@ -15,7 +15,7 @@ from sysmt.errors import ConfigError, OperandError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["gemm", "random_operands"]
+__all__ = ["gemm", "load_operand", "random_operands"]
 
 _OPERANDS, _RESULTS = "Operands", "Results"
 SPREAD = 4.0
@@ -82,8 +82,8 @@ def gemm(
 
         directory = RunDirectory(out, overwrite=overwrite, stale=("gemm.csv", "gemm.json", "product.npy"))
     try:
-        a_mk = _load(a) if a is not None else None
-        b_kn = _load(b) if b is not None else None
+        a_mk = load_operand(a) if a is not None else None
+        b_kn = load_operand(b) if b is not None else None
         if a_mk is not None:
             m, k = a_mk.shape
         if b_kn is not None:
@@ -154,7 +154,8 @@ def random_operands(
     return a.astype(np.uint8), b.astype(np.int8)
 
 
-def _load(path: Path) -> np.ndarray:
+def load_operand(path: Path) -> np.ndarray:
+    """Read a matrix from a .npy file, without pickles; raise `OperandError` if it holds none."""
     import numpy as np
 
     try:

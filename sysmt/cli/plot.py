@@ -14,7 +14,9 @@ __all__ = ["plot"]
 
 def plot(
     directory: Annotated[Path, typer.Argument(help="Directory that `sysmt run` wrote.", metavar="DIR")],
-    title: Annotated[str, typer.Option(help="Title of the plots.", show_default="model and data")] = "",
+    title: Annotated[
+        str | None, typer.Option(help="Title of the plots.", show_default="model, data and policy")
+    ] = None,
 ) -> None:
     """Draw the plots of a run again, from its summary.csv and layers.csv."""
     from sysmt.study.plots import draw_run

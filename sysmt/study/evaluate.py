@@ -128,6 +128,7 @@ class Job:
         self.config = config
         self.notes: list[str] = []
         self.calibration_notes: dict[str, Any] = {}
+        self._throttled: dict[int, dict[str, int]] = {}
         self.model, self.data = open_workload(config)
         self.notes += self.data.notes
         self.weights_sha256 = weights_hash(self.model)
@@ -229,11 +230,15 @@ class Job:
         return Measurement(setting, evaluation, facts, self.sim.report(), recalibrated)
 
     def _throttle(self, setting: Setting) -> None:
+        if setting.threads in self._throttled:  # for the same setting without recalibration
+            self.sim.set_threads(self._throttled[setting.threads])
+            return
         loader = self._training_loader(min(THROTTLE_IMAGES, self.config.calibration_images))
         before = self.sim.threads()
         with progress_bar(f"{setting.name}: layer errors", loader.images) as bar:
             measure_errors(self.sim, _Counted(loader, bar), loader.images)
         after = throttle(self.sim, setting.throttled, self.config.throttle_to)
+        self._throttled[setting.threads] = after
         lowered = [name for name, count in after.items() if count < before[name]]
         self.notes.append(f"{setting.name}: {', '.join(lowered)} at {self.config.throttle_to}T")
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from sysmt.errors import ConfigError
 from sysmt.nn.checkpoints import written_whole
-from sysmt.study.results import read_csv
+from sysmt.study.results import read_csv, read_toml
 
 __all__ = ["COLOURS", "MARKERS", "draw_run", "figure", "plot_accuracy", "plot_collisions"]
 
@@ -89,7 +89,7 @@ def plot_accuracy(summary: pd.DataFrame, path: str | Path, title: str = "") -> N
     base = rows["setting"].str.replace(" recalibrated", "")
     places = list(dict.fromkeys(base))
     rows["place"] = [places.index(name) for name in base]
-    with figure(path, width_in=max(4.2, 1.4 + 0.95 * len(places))) as (_, axes):
+    with figure(path, width_in=max(5.0, 1.4 + 0.95 * len(places))) as (drawing, axes):
         floats = summary[summary["threads"] == 0]
         if len(floats):
             accuracy = 100 * float(floats["top1"].iloc[0])
@@ -117,10 +117,10 @@ def plot_accuracy(summary: pd.DataFrame, path: str | Path, title: str = "") -> N
         axes.set_xticks(range(len(places)), [f"{name}\n{speedups[i]:.2f}x" for i, name in enumerate(places)])
         axes.set_xlim(-0.5, len(places) - 0.5)
         axes.grid(axis="x", visible=False)
-        axes.set_ylabel("top-1 accuracy, %")
+        axes.set_ylabel("top-1 accuracy, %\n(bars: s.e. of the difference to float)")
         axes.set_xlabel("setting, and its MAC-weighted speedup")
         axes.set_title(title)
-        axes.legend(loc="best", title="bars: one s.e. of the\ndifference to float", title_fontsize="small")
+        drawing.legend(loc="outside lower center", ncols=3)
         low, high = axes.get_ylim()
         missing = max(0.0, LEAST_SPAN_POINTS - (high - low)) / 2  # noise should not look like a cliff
         axes.set_ylim(low - missing, high + missing)
@@ -145,7 +145,10 @@ def plot_collisions(layers: pd.DataFrame, path: str | Path, title: str = "") -> 
         for setting, group in rows.groupby("setting", sort=False)
         if (group["threads"] > 1).any() and not str(setting).endswith(" recalibrated")
     ]
-    with figure(path, width_in=min(11.0, max(4.5, 2.0 + 0.24 * len(names))), height_in=4.0) as (_, axes):
+    with figure(path, width_in=min(11.0, max(4.5, 2.0 + 0.24 * len(names))), height_in=4.0) as (
+        drawing,
+        axes,
+    ):
         for index, setting in enumerate(colliding):
             group = rows[rows["setting"] == setting].set_index("name").reindex(names)
             axes.plot(
@@ -153,6 +156,8 @@ def plot_collisions(layers: pd.DataFrame, path: str | Path, title: str = "") -> 
                 100 * group["collision_rate"],
                 color=COLOURS[index % len(COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
+                linestyle="--" if "throttled" in str(setting) else "-",
+                zorder=3 - index / len(colliding),  # variants lie under the setting they vary
                 label=setting,
             )
         _layer_ticks(axes, names)
@@ -160,7 +165,7 @@ def plot_collisions(layers: pd.DataFrame, path: str | Path, title: str = "") -> 
         axes.set_ylabel("slots with a collision, %")
         axes.set_title(title)
         if colliding:
-            axes.legend(loc="best", ncols=min(4, len(colliding)))
+            drawing.legend(loc="outside lower center", ncols=min(4, len(colliding)))
         else:
             axes.text(0.5, 0.5, "one thread: no collisions", transform=axes.transAxes, ha="center")
 
@@ -174,8 +179,14 @@ def _layer_ticks(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def draw_run(directory: str | Path, title: str = "") -> list[Path]:
+def draw_run(directory: str | Path, title: str | None = None) -> list[Path]:
     """Draw the plots of a directory that `sysmt run` wrote, from its summary.csv and layers.csv.
+
+    Parameters
+    ----------
+    directory : str or Path
+    title : str, optional
+        By default the one in its config.toml, if it has that.
 
     Returns
     -------
@@ -197,6 +208,9 @@ def draw_run(directory: str | Path, title: str = "") -> list[Path]:
     layers = read_csv(directory / "layers.csv", ("setting", "name", "threads", "macs", "collision_rate"))
     if not (summary["threads"] > 0).any() or not len(layers):
         raise ConfigError(f"{directory} has no setting on the array; there is nothing to plot")
+    config = directory / "config.toml"
+    if title is None:
+        title = str(read_toml(config).get("made_by", {}).get("title", "")) if config.is_file() else ""
     accuracy, collisions = directory / "accuracy.png", directory / "collisions.png"
     plot_accuracy(summary, accuracy, title)
     plot_collisions(layers, collisions, title)

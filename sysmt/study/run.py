@@ -68,6 +68,7 @@ def run_job(job: Job, directory: RunDirectory, plots: bool = True) -> Outcome:
     """
     outcome = Outcome([])
     made_by = provenance() | {
+        "title": f"{job.config.model} on {job.data.name}, policy {job.config.policy}",
         "cpu_threads": torch.get_num_threads(),
         "weights_sha256": job.weights_sha256,
         "data_sha256": job.data.fingerprint(),
@@ -101,9 +102,10 @@ def run_job(job: Job, directory: RunDirectory, plots: bool = True) -> Outcome:
     if outcome.measurements:
         record(outcome.status)
         if plots and len(outcome.measurements) > 1:
-            draw_run(
-                directory.path, title=f"{job.config.model} on {job.data.name}, policy {job.config.policy}"
-            )
+            try:
+                draw_run(directory.path)
+            except BaseException as error:  # the caller still has a table to show
+                outcome.error = outcome.error or error
     return outcome
 
 
