@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 import typer
 from experiment import Out, Preset, Quick, Workload, markdown, percent
+from matplotlib.axes import Axes
 from torch import nn
 
 from sysmt.cli.options import takes
@@ -262,57 +263,50 @@ def _cell(point: pd.Series) -> str:
 
 
 def draw(points: pd.DataFrame, path: Path, title: str) -> None:
-    """Draw collisions and utilization against sparsity, and accuracy beside them."""
-    with figure(path, width_in=9.0, height_in=3.8) as (drawing, axes):
+    """Draw collisions and utilization against sparsity, and accuracy at 2T and at 4T beside them."""
+    with figure(path, width_in=10.5, height_in=3.8) as (drawing, axes):
         axes.remove()
-        left, right = drawing.subplots(1, 2)
+        slots, *accuracies = drawing.subplots(1, 3)
+        plain = points[~points["recalibrated"]]
         for index, setting in enumerate(("2T", "4T")):
-            for retrained in (False, True):
-                rows = points[
-                    (points["setting"] == setting)
-                    & (points["retrained"] == retrained)
-                    & ~points["recalibrated"]
-                ].sort_values("sparsity")
-                for column, line in (("collision_rate", "-"), ("utilization", ":")):
-                    left.plot(
-                        100 * rows["sparsity"],
-                        100 * rows[column],
-                        color=COLOURS[index],
-                        marker=MARKERS[index],
-                        markerfacecolor="white" if retrained else COLOURS[index],
-                        linestyle="none" if retrained else line,
-                        label=None if retrained else f"{setting} {column.replace('_', ' ')}",
-                    )
-        left.set_ylabel("slots, %")
-        left.set_ylim(0, 100)
-        left.set_title(f"{title}: slots")
-        left.legend(loc="lower left", fontsize=7)
-        series = [("FP32", FLOAT_GREY, "X"), ("2T", COLOURS[0], MARKERS[0]), ("4T", COLOURS[1], MARKERS[1])]
-        for setting, colour, marker in series:
+            rows = plain[plain["setting"] == setting]
+            _lines(slots, rows, "utilization", COLOURS[2 + index], MARKERS[2], f"{setting}: in use", ":")
+            _lines(slots, rows, "collision_rate", COLOURS[2 + index], MARKERS[3], f"{setting}: collisions")
+        slots.set_ylim(0, 100)
+        slots.set_ylabel("slots, %")
+        slots.set_title(title)
+        slots.legend(loc="upper right", fontsize=7)
+        highest, lowest = 100 * points["top1"].max(), 100 * points["top1"].min()
+        for setting, panel in zip(("2T", "4T"), accuracies, strict=True):
+            _lines(panel, plain[plain["setting"] == "FP32"], "top1", FLOAT_GREY, "X", "float", "--")
             for again in (False, True):
-                for retrained in (False, True):
-                    rows = points[
-                        (points["setting"] == setting)
-                        & (points["recalibrated"] == again)
-                        & (points["retrained"] == retrained)
-                    ].sort_values("sparsity")
-                    right.plot(
-                        100 * rows["sparsity"],
-                        100 * rows["top1"],
-                        color=colour,
-                        marker=marker,
-                        markerfacecolor="white" if retrained else colour,
-                        linestyle=("none" if retrained else "-" if again else ":"),
-                        alpha=1.0 if again or not retrained else 0.45,
-                        label=None if retrained else f"{setting}{', recalibrated' if again else ''}",
-                    )
-        highest = 100 * points["top1"].max()
-        right.set_ylim(max(0.0, highest - 25), highest + 1)  # one-step pruning falls to chance at last
-        right.set_ylabel("top-1 accuracy, %")
-        right.set_title("accuracy; white markers: retrained" if points["retrained"].any() else "accuracy")
-        right.legend(loc="lower left", fontsize=7)
-        for panel in (left, right):
+                rows = points[(points["setting"] == setting) & (points["recalibrated"] == again)]
+                label = "BatchNorm recalibrated" if again else "as calibrated"
+                _lines(panel, rows, "top1", COLOURS[again], MARKERS[again], label)
+            # Pruned in one step, a network falls to chance at last; what matters is at the top.
+            panel.set_ylim(max(lowest - 1, highest - 20), highest + 1)
+            panel.set_title(f"{setting}; white: retrained" if points["retrained"].any() else setting)
+        accuracies[0].set_ylabel("top-1 accuracy, %")
+        accuracies[0].legend(loc="lower left", fontsize=7)
+        for panel in (slots, *accuracies):
             panel.set_xlabel("pruned weights, %")
+
+
+def _lines(
+    axes: Axes, points: pd.DataFrame, column: str, colour: str, marker: str, label: str, line: str = "-"
+) -> None:
+    """Draw a line for pruning in one step, and white markers for pruning with retraining."""
+    for retrained in (False, True):
+        rows = points[points["retrained"] == retrained].sort_values("sparsity")
+        axes.plot(
+            100 * rows["sparsity"],
+            100 * rows[column],
+            color=colour,
+            marker=marker,
+            markerfacecolor="white" if retrained else colour,
+            linestyle="none" if retrained else line,
+            label=None if retrained else label,
+        )
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
             for index, mode in enumerate(RECALIBRATION_MODES):
                 line = rows[rows["mode"] == mode].sort_values("recalibration_images")
                 panel.errorbar(
-                    line["recalibration_images"],
+                    line["recalibration_images"] * (1 + 0.05 * (index - 1)),  # side by side
                     100 * line["top1"],
                     yerr=100 * line["top1_seed_sd"].fillna(0),
                     color=COLOURS[index],
@@ -194,7 +194,9 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
                 )
             panel.set_xscale("log", base=2)
             counts = sorted(rows.loc[rows["mode"] != NONE, "recalibration_images"].unique())
-            panel.set_xticks(counts, [str(count) for count in counts], fontsize=7)
+            crowded = len(counts) > 1 and counts[-1] < 1.5 * counts[-2]
+            ticks = [*counts[:-2], counts[-1]] if crowded else counts
+            panel.set_xticks(ticks, [str(count) for count in ticks], fontsize=7)
             panel.set_xlabel("training images")
             panel.set_title(f"{title}, {threads}T", fontsize=9)
         panels[0].set_ylabel("top-1 accuracy, %")
