@@ -304,3 +304,24 @@ def test_images_of_different_sizes_are_counted_each():
 
     torch.manual_seed(0)
     assert energy_of(5, 9) == pytest.approx(energy_of(5) + energy_of(9))
+
+
+@pytest.mark.parametrize("column", ["energy_pj_per_image", "energy_relative_per_image"])
+def test_energy_against_accuracy_is_drawn(tmp_path, column):
+    pd = pytest.importorskip("pandas")
+    from sysmt.study.plots_energy import plot_energy
+
+    points = pd.DataFrame(
+        {
+            "setting": ["float", "1T", "2T", "2T recalibrated"],
+            "threads": [0, 1, 2, 2],
+            "recalibrated": [False, False, False, True],
+            "top1": [0.9, 0.89, 0.8, 0.85],
+            column: [np.nan, 3e6, 2e6, 2e6],
+        }
+    )
+    plot_energy(points, tmp_path / "energy.png")
+    assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="has no energy"):
+        plot_energy(points.drop(columns=column), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
