@@ -474,28 +474,56 @@ static void store_runs(const StoreArguments *store) {
     }
 }
 
-/* Channels next to each other: transpose 8 x 8, store a position at a time. */
+/* 8 channels of 16 positions to 16 positions of 8 channels: positions 4i + j and 4(i + 1) + j share a vector.
+ */
+INLINE void transpose_words(const __m512i channels[BLOCK], __m256i positions[LANES]) {
+    __m512i pairs[BLOCK], fours[2][4]; /* fours[h][j], 128-bit lane i: channels 4h..4h+3 of position 4i + j */
+    UNROLL for (int c = 0; c < BLOCK; c += 2) {
+        pairs[c] = _mm512_unpacklo_epi32(channels[c], channels[c + 1]);
+        pairs[c + 1] = _mm512_unpackhi_epi32(channels[c], channels[c + 1]);
+    }
+    UNROLL for (int h = 0; h < 2; h++) {
+        fours[h][0] = _mm512_unpacklo_epi64(pairs[4 * h], pairs[4 * h + 2]);
+        fours[h][1] = _mm512_unpackhi_epi64(pairs[4 * h], pairs[4 * h + 2]);
+        fours[h][2] = _mm512_unpacklo_epi64(pairs[4 * h + 1], pairs[4 * h + 3]);
+        fours[h][3] = _mm512_unpackhi_epi64(pairs[4 * h + 1], pairs[4 * h + 3]);
+    }
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    UNROLL for (int j = 0; j < 4; j++) {
+        __m512i first = _mm512_permutex2var_epi64(fours[0][j], low, fours[1][j]);
+        __m512i second = _mm512_permutex2var_epi64(fours[0][j], high, fours[1][j]);
+        positions[j] = _mm512_castsi512_si256(first);
+        positions[4 + j] = _mm512_extracti64x4_epi64(first, 1);
+        positions[8 + j] = _mm512_castsi512_si256(second);
+        positions[12 + j] = _mm512_extracti64x4_epi64(second, 1);
+    }
+}
+
+/* Channels next to each other, or anywhere: a position at a time. */
 static void store_lanes(const StoreArguments *store) {
-    _Alignas(64) int32_t values[TILE][BLOCK];
-    for (int c = 0; c < store->channels; c++)
-        for (int at = 0; at < store->positions; at += LANES) {
-            const __m512i steps =
-                _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                   _mm512_set1_epi32(BLOCK));
-            _mm512_i32scatter_epi32(&values[at][c], steps,
-                                    finish(store->sink, store->first_channel + c, &store->acc[c][at]), 4);
-        }
     int32_t *to = (int32_t *)store->sink->data + store->first_channel * store->sink->stride_n;
     __mmask8 present = (__mmask8)((1u << store->channels) - 1);
-    for (int position = 0; position < store->positions; position++) {
-        int64_t at = store->lane_to[position];
-        if (at == NOWHERE)
-            continue;
-        if (store->sink->stride_n == 1)
-            _mm256_mask_storeu_epi32(to + at, present, _mm256_load_si256((const __m256i *)values[position]));
-        else
-            for (int c = 0; c < store->channels; c++)
-                to[at + c * store->sink->stride_n] = values[position][c];
+    for (int at = 0; at < store->positions; at += LANES) {
+        __m512i channels[BLOCK];
+        __m256i positions[LANES];
+        UNROLL for (int c = 0; c < BLOCK; c++) channels[c] =
+            c < store->channels ? finish(store->sink, store->first_channel + c, &store->acc[c][at])
+                                : _mm512_setzero_si512();
+        transpose_words(channels, positions);
+        for (int lane = 0; lane < LANES; lane++) {
+            int64_t offset = store->lane_to[at + lane];
+            if (offset == NOWHERE)
+                continue;
+            if (store->sink->stride_n == 1) {
+                _mm256_mask_storeu_epi32(to + offset, present, positions[lane]);
+            } else {
+                int32_t values[BLOCK];
+                _mm256_storeu_si256((__m256i *)values, positions[lane]);
+                for (int c = 0; c < store->channels; c++)
+                    to[offset + c * store->sink->stride_n] = values[c];
+            }
+        }
     }
 }
 
