@@ -18,6 +18,7 @@ from sysmt.nn.batchnorm import load_statistics, recalibrate_batchnorm, save_stat
 from sysmt.nn.calibration_file import load_calibration
 from sysmt.nn.checkpoints import weights_hash
 from sysmt.nn.data import ImageData, Loader, open_data
+from sysmt.nn.energy import energy_facts
 from sysmt.nn.frontend import Simulation, attach
 from sysmt.nn.models import build_model, load_model
 from sysmt.nn.pruning import prune_model
@@ -323,8 +324,9 @@ def array_facts(sim: Simulation, clock_mhz: float | None = None) -> dict[str, An
     dict
         ``speedup`` and ``network_speedup`` (MAC-weighted) and both in cycles; ``collision_rate``
         and ``utilization`` of the simulated layers, in [0, 1]; ``macs`` and ``cycles`` of the
-        whole network (layers in float at T = 1), ``cycles_per_image``; with a clock
-        ``latency_ms`` per image and ``array_images_per_second``.
+        whole network (layers in float at T = 1), ``cycles_per_image``; ``energy_pj_per_image`` and
+        ``energy_delay_pj_cycles_per_image`` of the simulated layers; with a clock ``latency_ms`` per
+        image and ``array_images_per_second``.
     """
     total = sum((layer.stats for layer in sim.simulated()), GemmStats(()))
     facts: dict[str, Any] = {
@@ -337,6 +339,7 @@ def array_facts(sim: Simulation, clock_mhz: float | None = None) -> dict[str, An
         "macs": sum(layer.stats.macs for layer in sim.layers.values()),
         "cycles": sim.cycles,
         "cycles_per_image": sim.cycles / sim.images if sim.images else math.nan,
+        **energy_facts(sim),
     }
     if clock_mhz is not None:
         facts["latency_ms"] = facts["cycles_per_image"] / (clock_mhz * 1e3)
