@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from sysmt.errors import ConfigError, DataError, nearest
-from sysmt.nn.checkpoints import cache_directory, save_weights
+from sysmt.files import cache_directory
+from sysmt.nn.checkpoints import save_weights
 from sysmt.nn.data import open_data
 from sysmt.nn.models import load_model
 from sysmt.nn.training import train

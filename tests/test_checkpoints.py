@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from sysmt.errors import OutputError, WeightsError
-from sysmt.nn import checkpoints
+from sysmt.errors import WeightsError
 from sysmt.nn.checkpoints import (
     load_weights,
     read_metadata,
@@ -25,7 +24,6 @@ from sysmt.nn.checkpoints import (
     resolve_weights,
     save_weights,
     weights_hash,
-    written_whole,
 )
 from sysmt.nn.models import build_model
 
@@ -180,23 +178,6 @@ def test_saving_and_metadata(tmp_path: Path) -> None:
     assert read_metadata(path) == {}
 
 
-def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "result.txt"
-    path.write_text("old")
-
-    def write_and_fail() -> None:
-        with written_whole(path) as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_and_fail()
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["result.txt"]
-    with pytest.raises(OutputError, match=r"result\.txt"), written_whole(path / "below"):
-        pass
-
-
 def test_hash_tells_weights_apart() -> None:
     model = network()
     weights, buffers = weights_hash(model), weights_hash(model, "buffers")
@@ -258,10 +239,3 @@ def test_unpublished_weights() -> None:
     with pytest.raises(WeightsError, match="no weights for model 'digits'"):
         resolve_weights("torchvision:DEFAULT", "digits")
     assert resolve_weights("somewhere/w.pt", "digits") == Path("somewhere/w.pt")
-
-
-def test_cache_directory_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYSMT_CACHE", "/elsewhere")
-    assert checkpoints.cache_directory() == Path("/elsewhere")
-    monkeypatch.delenv("SYSMT_CACHE")
-    assert checkpoints.cache_directory() == Path.home() / ".cache" / "sysmt"

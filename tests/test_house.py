@@ -12,7 +12,7 @@ import sysmt
 PACKAGE = Path(sysmt.__file__).parent
 
 # What each room may import from sysmt. Ground-floor modules are importable by all.
-GROUND = {"config", "errors", "progress"}
+GROUND = {"config", "errors", "files", "progress"}
 MAY_IMPORT = {
     "hw": {"hw"},
     "quant": {"quant"},
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "config": set(),
     "errors": set(),
+    "files": set(),
     "progress": set(),
 }
 

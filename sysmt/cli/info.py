@@ -67,7 +67,7 @@ def _libraries() -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from sysmt.nn.checkpoints import cache_directory
+    from sysmt.files import cache_directory
 
     try:
         from sysmt.nn.vision import torchvision

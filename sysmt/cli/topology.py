@@ -167,7 +167,7 @@ def _export(model: str, image_size: int | None, out: Path | None) -> None:
     if out is None:
         print(exported.csv, end="")
         return
-    from sysmt.nn.checkpoints import written_whole
+    from sysmt.files import written_whole
 
     with written_whole(out) as temporary:
         temporary.write_text(exported.csv, encoding="utf-8")

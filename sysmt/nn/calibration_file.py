@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from sysmt.errors import CalibrationError, ConfigError, WeightsError
+from sysmt.files import written_whole
 from sysmt.nn.batchnorm import load_statistics, save_statistics
-from sysmt.nn.checkpoints import weights_hash, written_whole
+from sysmt.nn.checkpoints import weights_hash
 from sysmt.nn.frontend import FIRST_CONVOLUTION, Simulation
 from sysmt.quant.uniform import ActivationRange
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import pickle
 import re
-import tempfile
 import urllib.error
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sysmt.errors import ConfigError, OutputError, WeightsError, nearest
+from sysmt.files import written_whole
 
 __all__ = [
-    "cache_directory",
     "load_state",
     "load_weights",
     "read_metadata",
@@ -28,7 +25,6 @@ __all__ = [
     "resolve_weights",
     "save_weights",
     "weights_hash",
-    "written_whole",
 ]
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
@@ -41,54 +37,6 @@ _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 """Names of DenseNet's layers in published checkpoints: "norm.1" became "norm1"."""
 
 _TORCHVISION = "torchvision:"
-
-
-def cache_directory() -> Path:
-    """Return where sysmt keeps what it can make again: ``$SYSMT_CACHE``, or ``~/.cache/sysmt``."""
-    return Path(os.environ.get("SYSMT_CACHE") or "~/.cache/sysmt").expanduser()
-
-
-@contextlib.contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """Hand out a temporary path that replaces `path` at the end, or vanishes after an exception.
-
-    A reader sees the old file or the new one, never a part of it, even after kill -9 or a power cut.
-
-    Parameters
-    ----------
-    path : str or Path
-        Its directory is made if it is missing.
-
-    Yields
-    ------
-    Path
-        An empty file in the same directory, with the same suffix.
-
-    Raises
-    ------
-    OutputError
-        If the directory or the file cannot be written.
-    """
-    target = Path(path)
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.stem}-", suffix=f".partial{target.suffix}"
-        )
-        os.close(handle)
-        yield Path(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp made it private
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def read_torch_file(path: str | Path) -> Any:

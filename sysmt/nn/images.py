@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from sysmt.errors import DataError
+from sysmt.files import written_whole
 from sysmt.nn.augment import Preprocessing
-from sysmt.nn.checkpoints import written_whole
 from sysmt.progress import progress_bar
 
 __all__ = ["FileImages", "ImageSource", "MemoryImages", "find_images", "image_extent"]

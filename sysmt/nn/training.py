@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from sysmt.config import parse_count
 from sysmt.errors import ConfigError, DataError, OutputError, WeightsError
+from sysmt.files import cache_directory, written_whole
 from sysmt.nn.checkpoints import (
-    cache_directory,
     load_weights,
     read_torch_file,
     save_weights,
-    written_whole,
 )
 from sysmt.nn.data import ImageData, open_data
 from sysmt.nn.models import build_model
@@ -444,7 +443,7 @@ def trained_digits(cache_dir: str | Path | None = None, *, seed: int = 0, progre
     Parameters
     ----------
     cache_dir : str or Path, optional
-        By default `sysmt.nn.checkpoints.cache_directory`.
+        By default `sysmt.files.cache_directory`.
     seed : int
         Of the initial weights, the order of the images and their augmentation.
     progress : bool

@@ -11,8 +11,8 @@ import tomli_w
 
 from sysmt.config import parse_count, parse_threads
 from sysmt.errors import CalibrationError, ConfigError
+from sysmt.files import written_whole
 from sysmt.nn.calibration import evaluation_mode, image_batches
-from sysmt.nn.checkpoints import written_whole
 from sysmt.nn.frontend import Simulation
 from sysmt.study.results import read_toml
 

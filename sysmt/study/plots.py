@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sysmt.errors import ConfigError
-from sysmt.nn.checkpoints import written_whole
+from sysmt.files import written_whole
 from sysmt.study.results import read_csv, read_toml
 
 __all__ = ["COLOURS", "MARKERS", "draw_run", "figure", "plot_accuracy", "plot_collisions"]

@@ -24,7 +24,7 @@ import tomli_w
 
 import sysmt
 from sysmt.errors import ConfigError, OutputError
-from sysmt.nn.checkpoints import written_whole
+from sysmt.files import written_whole
 
 __all__ = [
     "DEFAULT_PARENT",
