@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- what all jobs share ---- */
 
@@ -16,10 +17,11 @@ typedef struct {
     PlaneMasks *masks;
     uint32_t *step_offset; /* (steps): positions from a tile's own to its operands */
     bool needs_crowded, can_overflow;
-    bool count;
+    bool count, is_timed;
 
     pthread_mutex_t lock; /* over what follows */
     Tally tally;
+    int64_t nanoseconds[TIMES];
     Seen seen;
     struct Workspace *spare; /* workspaces that no job uses */
     bool is_out_of_memory;
@@ -486,6 +488,34 @@ static Job make_job(Shared *shared, int64_t index, Workspace *workspace) {
     return job;
 }
 
+/* A stop-watch over this thread's CPU time. */
+typedef struct {
+    bool is_on;
+    int64_t last, nanoseconds[TIMES];
+} Watch;
+
+static int64_t cpu_nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+/* Book the time since the last lap. */
+static void lap(Watch *watch, int what) {
+    if (!watch->is_on)
+        return;
+    int64_t now = cpu_nanoseconds();
+    watch->nanoseconds[what] += now - watch->last;
+    watch->last = now;
+}
+
+static void read_watch(Shared *shared, const Watch *watch) {
+    pthread_mutex_lock(&shared->lock);
+    for (int i = 0; i < TIMES; i++)
+        shared->nanoseconds[i] += watch->nanoseconds[i];
+    pthread_mutex_unlock(&shared->lock);
+}
+
 /* Task: a whole job. */
 static void run_job(void *context, int64_t index) {
     Shared *shared = context;
@@ -496,21 +526,29 @@ static void run_job(void *context, int64_t index) {
         return;
     }
     Job job = make_job(shared, index, workspace);
+    Watch watch = {.is_on = shared->is_timed, .last = shared->is_timed ? cpu_nanoseconds() : 0};
     job_stage(&job, 0, layer->shape.c);
     if (layer->is_im2col)
         job_im2col(&job, 0, layer->channels);
+    lap(&watch, TIME_STAGE);
     if (shared->count)
         job_count(&job, 0, layer->quads);
+    lap(&watch, TIME_COUNT);
     for (job.chunk = 0; job.chunk < layer->chunks; job.chunk++) {
         int64_t quads = quads_of_chunk(layer, job.chunk);
         job_pack(&job, 0, quads, false);
         job_settle_chunk(&job);
         if (job.has_excess)
             job_pack(&job, 0, quads, true);
+        lap(&watch, TIME_PACK);
         job_multiply(&job, 0, layer->blocks);
+        lap(&watch, TIME_MULTIPLY);
     }
     job_settle_events(&job);
     job_store(&job, 0, layer->blocks);
+    lap(&watch, TIME_STORE);
+    if (watch.is_on)
+        read_watch(shared, &watch);
     workspace_give(shared, workspace);
 }
 
@@ -624,7 +662,11 @@ static void release(Shared *shared) {
 
 bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, const Sink *sink,
                 int cpu_threads, bool count, Outcome *outcome) {
-    Shared shared = {.ops = ops, .layer = layer, .count = count, .lock = PTHREAD_MUTEX_INITIALIZER};
+    Shared shared = {.ops = ops,
+                     .layer = layer,
+                     .count = count,
+                     .is_timed = outcome->is_timed,
+                     .lock = PTHREAD_MUTEX_INITIALIZER};
     if (!geometry_make(&shared.geometry, layer, source, sink, cpu_threads))
         return false;
     bool is_ready = prepare(&shared);
@@ -638,6 +680,8 @@ bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, 
         int64_t slots = source->batch * outputs * layer->shape.groups * layer->shape.n;
         tally_finish(&shared.tally, &layer->rule, slots * slot_count(&layer->shape, &layer->rule), outcome);
     }
+    for (int i = 0; i < TIMES; i++)
+        outcome->nanoseconds[i] += shared.nanoseconds[i];
     outcome->saw_nonfinite |= shared.seen.nonfinite;
     outcome->saw_negative |= shared.seen.negative;
     bool is_done = is_ready && !shared.is_out_of_memory;

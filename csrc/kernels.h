@@ -51,11 +51,16 @@ typedef struct {
     bool relu;
 } Sink;
 
+/* What the vector paths' time is spent on. */
+enum { TIME_STAGE, TIME_COUNT, TIME_PACK, TIME_MULTIPLY, TIME_STORE, TIMES };
+
 /* Counters summed over all outputs and slots, and what was seen on the way in. */
 typedef struct {
     int64_t active[MAX_THREADS + 1];
     int64_t reduced_activations, reduced_weights;
     bool saw_nonfinite, saw_negative;
+    bool is_timed;              /* set by the caller: fill in what follows */
+    int64_t nanoseconds[TIMES]; /* CPU time of whole jobs; zeros on the scalar path */
 } Outcome;
 
 typedef struct Layer Layer; /* a layer's packed weights; every path has its own */

@@ -3,6 +3,8 @@ import numpy as np
 def path_names() -> tuple[str, ...]: ...
 
 class Layer:
+    is_timed: bool
+    nanoseconds: tuple[int, ...]
     def __init__(
         self,
         path: str,

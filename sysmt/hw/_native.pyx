@@ -14,6 +14,7 @@ cnp.import_array()
 cdef extern from "kernels.h" nogil:
     cdef enum:
         MAX_PATHS
+        TIMES
 
     ctypedef struct SlotRule:
         int threads
@@ -49,7 +50,8 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct Outcome:
         int64_t active[5]
         int64_t reduced_activations, reduced_weights
-        bint saw_nonfinite, saw_negative
+        bint saw_nonfinite, saw_negative, is_timed
+        int64_t nanoseconds[TIMES]
 
     ctypedef struct CLayer "Layer":
         pass
@@ -85,6 +87,8 @@ cdef class Layer:
     cdef CLayer *layer
     cdef ConvShape shape
     cdef SlotRule rule
+    cdef public bint is_timed
+    cdef readonly tuple nanoseconds
 
     def __cinit__(self, str path, tuple shape, dict rule, cnp.ndarray weights, cnp.ndarray k_of):
         cdef ConvShape *s = &self.shape
@@ -138,10 +142,12 @@ cdef class Layer:
             sink.bias = <const float *>cnp.PyArray_DATA(bias)
         sink.relu = relu
         memset(&outcome, 0, sizeof(outcome))
+        outcome.is_timed = self.is_timed
         with nogil:
             done = self.path.run(self.layer, &source, &sink, cpu_threads, count, &outcome)
         if not done:
             raise MemoryError("no memory for a layer's packed activations")
+        self.nanoseconds = tuple(outcome.nanoseconds[i] for i in range(TIMES))
         return (
             tuple(outcome.active[c] for c in range(self.rule.threads + 1)),
             outcome.reduced_activations,

@@ -19,7 +19,10 @@ from sysmt.hw.operands import MAX_K, check_order
 from sysmt.hw.stats import Counters
 from sysmt.hw.timing import slot_count
 
-__all__ = ["ConvResult", "PackedConv", "PackedGemm", "active_path", "available_paths"]
+__all__ = ["TIMES", "ConvResult", "PackedConv", "PackedGemm", "active_path", "available_paths"]
+
+TIMES = ("stage", "count", "pack", "multiply", "store")
+"""What the vector paths spend their time on, in csrc/'s order."""
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -219,6 +222,28 @@ class PackedGemm:
             )
             counters = Counters(active, reduced_a, reduced_w)
         return out_mn, counters if count else None
+
+    def profile(self, a_mk: np.ndarray, count: bool = True) -> dict[str, float]:
+        """Run on one CPU thread and return the CPU seconds that each part took (zeros on the scalar path).
+
+        Parameters
+        ----------
+        a_mk : ndarray (M, K), uint8, or int8 if `signed`
+            Activations.
+        count : bool
+            Whether to count collisions and reductions.
+
+        Returns
+        -------
+        dict of str to float
+            Seconds by `TIMES`: bytes made, counters, planes packed, products, outputs stored.
+        """
+        self._layer.is_timed = True
+        try:
+            self.run(a_mk, count=count)
+        finally:
+            self._layer.is_timed = False
+        return {name: 1e-9 * ns for name, ns in zip(TIMES, self._layer.nanoseconds, strict=True)}
 
 
 class PackedConv:
