@@ -124,6 +124,8 @@ def test_vcd_opens_and_says_what_the_replay_says(threads):
         for i, j in np.ndindex(4, 3):
             scope, time = f"array.row_{i}.pe_{i}_{j}", 2 * seen.cycle
             assert at(f"{scope}.slot", time) == ("z" if seen.slot[i, j] < 0 else seen.slot[i, j])
+            operands = "z" if seen.slot[i, j] < 0 else int(seen.operands[i, j])
+            assert at(f"{scope}.operands", time) == operands
             assert int(at(f"{scope}.active", time)) == seen.active[i, j]
             assert int(at(f"{scope}.collision", time)) == seen.collision[i, j]
             reduces = (seen.reduced_activations[i, j] | seen.reduced_weights[i, j]) > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from sysmt.errors import ConfigError
-from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots import COLOURS, FLOAT_GREY, LEAST_SPAN_POINTS, MARKERS, figure
 
 __all__ = ["plot_energy"]
 
@@ -64,6 +64,8 @@ def plot_energy(points: pd.DataFrame, path: str | Path, title: str = "") -> None
                         xytext=(4, 4),
                         fontsize=7,
                     )
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, high - LEAST_SPAN_POINTS), high)
         axes.set_xlabel(f"energy of the simulated layers per image, {unit}")
         axes.set_ylabel("top-1 accuracy, %")
         axes.set_title(title)
