@@ -144,7 +144,10 @@ def open_ledger(
         except KeyboardInterrupt:
             say("stopped; the same command goes on from here", "yellow")
             raise
-        print(f"{len(ledger.points())} points in {ledger.seconds:.0f} s; results are in {ledger.path}")
+        print(
+            f"{len(ledger.points())} points in {ledger.seconds:.0f} s ({ledger.cpu_seconds:.0f} s of CPU time); "
+            f"results are in {ledger.path}"
+        )
 
 
 _REMARKS = ("weights", "data", "train_data", "cpu_threads")

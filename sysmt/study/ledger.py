@@ -77,8 +77,10 @@ class Ledger:
         self._lock = self._take_lock()
         self._record: dict[str, Any] = earlier | asked
         self._record["made_by"] = provenance() | {"command": shlex.join(["python", *sys.argv])}
-        self._seconds = float(earlier.get("outcome", {}).get("seconds", 0.0))
-        self._start = time.monotonic()
+        spent = earlier.get("outcome", {})
+        # Each clock minus what earlier runs took: a difference to now then counts all of them.
+        self._start = time.monotonic() - float(spent.get("seconds", 0.0))
+        self._cpu_start = time.process_time() - float(spent.get("cpu_seconds", 0.0))
         self._added = False
         self._rows: list[dict[str, Any]] = []
         self._tables: dict[str, pd.DataFrame] = {}
@@ -212,12 +214,18 @@ class Ledger:
     @property
     def seconds(self) -> float:
         """Time spent on this experiment so far, earlier runs included."""
-        return self._seconds + time.monotonic() - self._start
+        return time.monotonic() - self._start
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of all threads, likewise."""
+        return time.process_time() - self._cpu_start
 
     def _write_config(self, status: str) -> None:
         self._record["outcome"] = {
             "status": status,
             "seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu_seconds, 1),
             "points": len(self._rows),
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
