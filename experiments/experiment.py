@@ -145,7 +145,7 @@ def open_ledger(
             say("stopped; the same command goes on from here", "yellow")
             raise
         print(
-            f"{len(ledger.points())} points in {ledger.seconds:.0f} s ({ledger.cpu_seconds:.0f} s of CPU time); "
+            f"{len(ledger.points())} points in {ledger.seconds:.0f} s, CPU time {ledger.cpu_seconds:.0f} s; "
             f"results are in {ledger.path}"
         )
 
