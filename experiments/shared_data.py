@@ -23,7 +23,7 @@ from sysmt.nn.data import open_data
 from sysmt.nn.models import load_model
 from sysmt.nn.training import train
 
-FINE_TUNING = {"epochs": 8, "lr": 0.03}
+FINE_TUNING = {"epochs": 3, "lr": 0.03}
 """Of ResNet-20 on the 50,000 JPEG training images: SGD, one cycle up to this learning rate."""
 
 
