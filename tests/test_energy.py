@@ -1,6 +1,8 @@
 """Events against slots worked by the reference PE, energy tables, and what they refuse."""
 
 import dataclasses
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +160,18 @@ def test_published_ratios():
     assert "MICRO 2020" in table.source
 
 
+def test_rtl_ratios_are_those_of_the_synthesised_verilog():
+    table = load_table("sysmt-rtl")
+    ratios = tomllib.loads((Path(__file__).parents[1] / "rtl" / "ratios.toml").read_text())
+    for design in ratios["design"]:
+        if design["policy"] != "S+A":
+            continue
+        threads = design["threads"]
+        assert table.area_ratio[threads] == design["array_area_ratio"]
+        # Ratios of energy are for the same work, which T threads do in T times fewer PE-cycles.
+        assert table.power_ratio[threads] / threads == pytest.approx(design["energy_ratio"], abs=5e-4)
+
+
 GOOD = """
 name = "mine"
 kind = "events"
@@ -221,7 +235,7 @@ def test_bad_tables(tmp_path, old, new, what):
 
 def test_unknown_table():
     with pytest.raises(
-        ConfigError, match=r"'45mn' is neither 45nm, sysmt-micro2020 \(did you mean '45nm'\?\)"
+        ConfigError, match=r"'45mn' is neither 45nm, sysmt-micro2020, sysmt-rtl \(did you mean '45nm'\?\)"
     ):
         load_table("45mn")
     for name in TABLES:

@@ -15,6 +15,8 @@ from sysmt.errors import ConfigError, OperandError
 if TYPE_CHECKING:
     import numpy as np
 
+    from sysmt.hw.stats import GemmStats
+
 __all__ = ["gemm", "load_operand", "random_operands"]
 
 _OPERANDS, _RESULTS = "Operands", "Results"
@@ -100,6 +102,7 @@ def gemm(
             "tiles": tile_count(m, n, config),
             "slots_per_output": slot_count(k, config.threads),
             **result.stats.to_record(),
+            **_energy(result.stats, config, m, n, k),
         }
         print_table(["quantity", "value"], [[name, _shown(value)] for name, value in record.items()])
         if directory is not None:
@@ -113,6 +116,21 @@ def gemm(
     finally:
         if directory is not None:
             directory.remove_if_empty()
+
+
+def _energy(stats: GemmStats, config: ArrayConfig, m: int, n: int, k: int) -> dict[str, float]:
+    """Price the GEMM by the 45 nm table, with the memories' defaults."""
+    from sysmt.hw.energy import load_table
+    from sysmt.hw.events import count_events
+    from sysmt.hw.layer import Layer
+    from sysmt.hw.memory import Memory
+
+    if not stats.macs:
+        return {"energy_pj": 0.0, "energy_delay_pj_cycles": 0.0}
+    memory = Memory()
+    events = count_events(stats, {Layer.gemm("gemm", m, n, k): 1}, config, memory)
+    energy_pj = sum(load_table().energy(events, config, memory).values())
+    return {"energy_pj": energy_pj, "energy_delay_pj_cycles": energy_pj * events.cycles}
 
 
 def random_operands(

@@ -75,7 +75,7 @@ def topology(
     ] = None,
     output_bytes: Annotated[int, _option(_MACHINE, "Bytes of an output as written to memory, 1 to 4.")] = 1,
     energy: Annotated[
-        str, _option(_MACHINE, "Energy table: 45nm, sysmt-micro2020, or a TOML file of your own.")
+        str, _option(_MACHINE, "Energy table: 45nm, sysmt-micro2020, sysmt-rtl, or a TOML file of your own.")
     ] = "45nm",
     accelergy: Annotated[
         bool,

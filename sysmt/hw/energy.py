@@ -24,7 +24,11 @@ from sysmt.hw.memory import Memory
 
 __all__ = ["TABLES", "EnergyTable", "EventTable", "RatioTable", "accelergy_yaml", "load_table"]
 
-TABLES = {"45nm": "energy_45nm.toml", "sysmt-micro2020": "energy_sysmt_micro2020.toml"}
+TABLES = {
+    "45nm": "energy_45nm.toml",
+    "sysmt-micro2020": "energy_sysmt_micro2020.toml",
+    "sysmt-rtl": "energy_sysmt_rtl.toml",
+}
 """Tables that come with sysmt, by name; the first is the default."""
 
 _EVENTS = (

@@ -214,4 +214,10 @@ def draw_run(directory: str | Path, title: str | None = None) -> list[Path]:
     accuracy, collisions = directory / "accuracy.png", directory / "collisions.png"
     plot_accuracy(summary, accuracy, title)
     plot_collisions(layers, collisions, title)
-    return [accuracy, collisions]
+    written = [accuracy, collisions]
+    if any(column.startswith("energy_") for column in summary.columns):
+        from sysmt.study.plots_energy import plot_energy  # which takes this file's style
+
+        written.append(directory / "energy.png")
+        plot_energy(summary, written[-1], title)
+    return written

@@ -18,7 +18,7 @@ from sysmt.study.results import RunDirectory, provenance, read_toml
 
 __all__ = ["FILES", "Outcome", "read_config", "run_job", "warn_of_differences"]
 
-FILES = ("config.toml", "summary.csv", "layers.csv", "accuracy.png", "collisions.png")
+FILES = ("config.toml", "summary.csv", "layers.csv", "accuracy.png", "collisions.png", "energy.png")
 """What a run writes."""
 
 _HEAD = """\
