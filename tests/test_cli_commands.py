@@ -218,5 +218,9 @@ def test_plot_draws_again(in_tmp):
     assert invoke("run", *workload(in_tmp), "--threads", "1,2", "--no-plots", "--out", "r").exit_code == 0
     assert not list(Path("r").glob("*.png"))
     assert invoke("plot", "r", "--title", "again").exit_code == 0
-    assert sorted(path.name for path in Path("r").glob("*.png")) == ["accuracy.png", "collisions.png"]
+    assert sorted(path.name for path in Path("r").glob("*.png")) == [
+        "accuracy.png",
+        "collisions.png",
+        "energy.png",
+    ]
     assert_one_error_line(invoke("plot", "nowhere"), "nowhere/summary.csv", "missing")
