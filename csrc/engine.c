@@ -79,8 +79,9 @@ static void workspace_release(Workspace *workspace) {
     free(workspace);
 }
 
+/* With room behind the last stream: vectors are read whole. */
 static void *allocate(size_t bytes) {
-    return aligned_alloc(64, (bytes + 127) / 64 * 64);
+    return aligned_alloc(64, (bytes + 64 * sizeof(uint32_t) + 63) / 64 * 64);
 }
 
 static Workspace *workspace_make(const Shared *shared) {
@@ -96,7 +97,7 @@ static Workspace *workspace_make(const Shared *shared) {
     workspace->acc = allocate((size_t)(shared->layer->blocks * tiles) * sizeof *workspace->acc);
     bool is_complete = workspace->stage && workspace->raw && workspace->planes[0] && workspace->acc;
     if (shared->needs_crowded) {
-        workspace->crowded = allocate((size_t)plane_stride(shared));
+        workspace->crowded = allocate((size_t)(CROWDS * plane_stride(shared)));
         is_complete &= workspace->crowded != NULL;
     }
     if (shared->can_overflow) {
@@ -208,6 +209,7 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
                                   .word_stride = geometry->stride,
                                   .crowded =
                                       shared->needs_crowded && !is_excess ? workspace->crowded + at : NULL,
+                                  .crowds = is_excess ? 0 : layer->crowds,
                                   .events = shared->can_overflow && !is_excess ? &workspace->events : NULL,
                                   .phase = phase,
                                   .quad = (int32_t)of_layer};
@@ -431,6 +433,7 @@ static void job_multiply(const Job *job, int64_t first, int64_t end) {
             .steps = steps_of_chunk(layer, job->chunk),
             .dense = layer->dense + (in_layer * layer->steps + step) * form_words(layer->form) * BLOCK,
             .first_entry = layer->first_entry + channel * layer->chunks + job->chunk,
+            .first_blend = layer->first_blend + channel * layer->chunks + job->chunk,
             .channels = channels_of(layer, block)};
         for (int64_t tile = 0; tile < tiles; tile++) {
             multiply.acc = workspace->acc[block * tiles + tile];
@@ -634,7 +637,7 @@ static bool prepare(Shared *shared) {
         shared->masks[i] = mask_plane(&layer->planes[i]);
         reduces |= shared->masks[i].uses[REDUCED];
     }
-    shared->needs_crowded = layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND;
+    shared->needs_crowded = layer->crowds != 0;
     shared->can_overflow = layer->raw && reduces;
     int words = words_per_quad(layer);
     uint32_t *offset = shared->step_offset;

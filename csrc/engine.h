@@ -43,8 +43,11 @@ typedef struct {
     bool is_excess; /* pack what the ninth bit holds instead: 1 where a reduced value is one short */
     uint32_t *out;  /* plane p at out + p * plane_stride; second word of the quad at + word_stride */
     int64_t plane_stride, word_stride;
-    uint8_t *crowded; /* 255 where three or more activations are non-zero; NULL if not needed */
-    Events *events;   /* NULL if not needed */
+    /* For weight pattern i of CROWD_PATTERNS, if bit i of crowds is set: 255 where three or more of its
+     * activations are non-zero, at crowded + i * plane_stride. */
+    uint8_t *crowded;
+    unsigned crowds;
+    Events *events; /* NULL if not needed */
     int32_t phase, quad;
 } PackArguments;
 
@@ -58,6 +61,7 @@ typedef struct {
     int64_t first_step, steps;  /* of the chunk */
     const uint32_t *dense;      /* of this block and chunk */
     const int64_t *first_entry; /* of its first channel, this chunk; a channel further: + chunks */
+    const int64_t *first_blend; /* likewise */
     int channels;               /* 1..BLOCK */
     int positions;              /* 1..TILE */
     int32_t (*acc)[TILE];       /* (BLOCK, TILE) */

@@ -131,7 +131,8 @@ bool geometry_make(Geometry *geometry, const Layer *layer, const Source *source,
     cut_jobs(geometry, layer, cpu_threads);
     geometry->stage_rows = geometry->rows_per_job + geometry->dy_max - geometry->dy_min;
     int64_t positions = geometry->guard + geometry->stage_rows * geometry->pitch;
-    geometry->stride = ceil_div(positions, 64) * 64 + 64;
+    /* Not a power of two apart: streams would compete for the same cache lines. */
+    geometry->stride = ceil_div(positions, 64) * 64 + 16;
     return true;
 }
 

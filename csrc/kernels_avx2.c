@@ -225,10 +225,16 @@ INLINE __m256i plane_word(const PlaneMasks *plane, __m256i patterns, __m256i exa
     return value;
 }
 
-static const uint32_t CROWDED[PATTERNS] = {[7] = 255, [11] = 255, [13] = 255, [14] = 255, [15] = 255};
+/* By weight pattern of CROWD_PATTERNS and activation pattern: 255 where three or more threads are active. */
+static const uint32_t CROWDED[CROWDS][PATTERNS] = {
+    {[7] = 255, [15] = 255},
+    {[11] = 255, [15] = 255},
+    {[13] = 255, [15] = 255},
+    {[14] = 255, [15] = 255},
+    {[7] = 255, [11] = 255, [13] = 255, [14] = 255, [15] = 255}};
 
-INLINE uint64_t crowded_bytes(__m256i patterns) {
-    __m256i bytes = _mm256_shuffle_epi8(look_up(CROWDED, patterns), _mm256_set1_epi32(0x0C080400));
+INLINE uint64_t crowded_bytes(__m256i patterns, int crowd) {
+    __m256i bytes = _mm256_shuffle_epi8(look_up(CROWDED[crowd], patterns), _mm256_set1_epi32(0x0C080400));
     uint32_t low = (uint32_t)_mm256_extract_epi32(bytes, 0), high = (uint32_t)_mm256_extract_epi32(bytes, 4);
     return low | (uint64_t)high << 32;
 }
@@ -241,10 +247,12 @@ static void pack(const PackArguments *pack) {
         for (int part = 0; part < 4; part++) {
             int64_t here = at + part * LANES;
             __m256i patterns = nonzero_pattern(quads[part]);
-            if (pack->crowded) {
-                uint64_t bytes = crowded_bytes(patterns);
-                memcpy(pack->crowded + here, &bytes, sizeof bytes);
-                memcpy(pack->crowded + here + pack->word_stride, &bytes, sizeof bytes);
+            for (unsigned left = pack->crowds; left; left &= left - 1) {
+                int crowd = __builtin_ctz(left);
+                uint64_t bytes = crowded_bytes(patterns, crowd);
+                uint8_t *to = pack->crowded + crowd * pack->plane_stride + here;
+                memcpy(to, &bytes, sizeof bytes);
+                memcpy(to + pack->word_stride, &bytes, sizeof bytes);
             }
             for (int word = 0; word < WORDS; word++) {
                 __m256i exact = widen(quads[part], word, rule->is_signed);
@@ -313,6 +321,7 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, int first, int64_t
     const uint32_t *planes = multiply->planes + at;
     const uint32_t *plane0 = planes + layer->dense_plane[0] * multiply->plane_stride;
     const uint32_t *plane1 = planes + layer->dense_plane[1] * multiply->plane_stride;
+    const uint8_t *crowd = blends ? multiply->crowded + FULL_CROWD * multiply->plane_stride + at : NULL;
     const uint32_t *word = multiply->dense + first;
     __m256i acc[HALF][2];
     UNROLL for (int c = 0; c < HALF; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
@@ -326,8 +335,8 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, int first, int64_t
             if (selects)
                 a1[v] = load_plane(plane1 + offset + v * LANES);
             if (blends)
-                crowded[v] = _mm256_cvtepi8_epi32(
-                    _mm_loadl_epi64((const __m128i *)(multiply->crowded + at + offset + v * LANES)));
+                crowded[v] =
+                    _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(crowd + offset + v * LANES)));
         }
         UNROLL for (int c = 0; c < HALF; c++) {
             __m256i w = load_word(word + c), w4 = w, mask = w;
@@ -370,13 +379,28 @@ INLINE void spmv_s16s16s32(const MultiplyArguments *multiply, int channel, int a
         UNROLL for (int v = 0; v < vectors; v++) acc[v] =
             _mm256_add_epi32(acc[v], _mm256_madd_epi16(load_plane(a + v * LANES), w));
     }
+    const int64_t *first_blend = multiply->first_blend + channel * multiply->layer->chunks;
+    const Blend *blend = multiply->layer->blends + first_blend[0];
+    const Blend *last = multiply->layer->blends + first_blend[1];
+    for (; blend < last; blend++) {
+        int64_t offset = multiply->step_offset[blend->where & ((1u << STEP_BITS) - 1)];
+        const uint32_t *a = planes + (blend->where >> STEP_BITS) * multiply->plane_stride + offset;
+        const uint8_t *crowd = multiply->crowded + blend->crowd * multiply->plane_stride + at + offset;
+        __m256i w = load_word(&blend->word), w4 = load_word(&blend->word4);
+        UNROLL for (int v = 0; v < vectors; v++) {
+            __m256i crowded = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(crowd + v * LANES)));
+            __m256i met = _mm256_blendv_epi8(w, w4, crowded);
+            acc[v] = _mm256_add_epi32(acc[v], _mm256_madd_epi16(load_plane(a + v * LANES), met));
+        }
+    }
     UNROLL for (int v = 0; v < vectors; v++)
         _mm256_store_si256((__m256i *)&multiply->acc[channel][at + v * LANES], acc[v]);
 }
 
 static void multiply_entries(const MultiplyArguments *multiply, int channel) {
     const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
-    if (first[0] == first[1])
+    const int64_t *blends = multiply->first_blend + channel * multiply->layer->chunks;
+    if (first[0] == first[1] && blends[0] == blends[1])
         return;
     int vectors = (multiply->positions + LANES - 1) / LANES, at = 0;
     for (; vectors >= 8; vectors -= 8, at += 8 * LANES)

@@ -204,6 +204,15 @@ INLINE __m512i chosen(const PlaneMasks *plane, Code code, __m512i patterns, __m5
                             _mm512_permutexvar_epi32(patterns, _mm512_loadu_si512(plane->masks[code])));
 }
 
+/* By weight pattern of CROWD_PATTERNS and activation pattern: whether three or more threads are active. */
+static const struct {
+    _Alignas(64) int32_t of_pattern[CROWDS][PATTERNS];
+} CROWDED = {{{[7] = -1, [15] = -1},
+              {[11] = -1, [15] = -1},
+              {[13] = -1, [15] = -1},
+              {[14] = -1, [15] = -1},
+              {[7] = -1, [11] = -1, [13] = -1, [14] = -1, [15] = -1}}};
+
 static void pack(const PackArguments *pack) {
     const SlotRule *rule = pack->rule;
     const __m512i bias = _mm512_set1_epi8((char)(rule->is_signed && !pack->is_excess ? 0x80 : 0));
@@ -234,11 +243,12 @@ static void pack(const PackArguments *pack) {
                 reduced = _mm512_maskz_set1_epi8(overflowing_bytes(exact, rule->is_signed), 1);
                 exact = narrow = wide = _mm512_setzero_si512();
             }
-            if (pack->crowded) {
-                const __m512i crowded =
-                    _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0, -1, 0, -1, -1, -1);
-                _mm_storeu_si128((__m128i *)(pack->crowded + here),
-                                 _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(patterns, crowded)));
+            for (unsigned left = pack->crowds; left; left &= left - 1) {
+                int crowd = __builtin_ctz(left);
+                __m512i is_crowded =
+                    _mm512_permutexvar_epi32(patterns, _mm512_load_si512(CROWDED.of_pattern[crowd]));
+                _mm_storeu_si128((__m128i *)(pack->crowded + crowd * pack->plane_stride + here),
+                                 _mm512_cvtepi32_epi8(is_crowded));
             }
             for (int p = 0; p < pack->plane_count; p++) {
                 const PlaneMasks *plane = &pack->planes[p];
@@ -293,6 +303,7 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, int64_t at, const in
     const uint32_t *planes = multiply->planes + at;
     const uint32_t *plane0 = planes + layer->dense_plane[0] * multiply->plane_stride;
     const uint32_t *plane1 = planes + layer->dense_plane[1] * multiply->plane_stride;
+    const uint8_t *crowd = blends ? multiply->crowded + FULL_CROWD * multiply->plane_stride + at : NULL;
     const uint32_t *word = multiply->dense;
     __m512i acc[BLOCK][2];
     UNROLL for (int c = 0; c < BLOCK; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
@@ -307,8 +318,7 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, int64_t at, const in
             if (selects)
                 a1[v] = _mm512_loadu_si512(plane1 + offset + v * LANES);
             if (blends)
-                crowded[v] = _mm_movepi8_mask(
-                    _mm_loadu_si128((const __m128i *)(multiply->crowded + at + offset + v * LANES)));
+                crowded[v] = _mm_movepi8_mask(_mm_loadu_si128((const __m128i *)(crowd + offset + v * LANES)));
         }
         UNROLL for (int c = 0; c < BLOCK; c++) {
             __m512i w = in_register(_mm512_set1_epi32((int)word[c])), w4 = w, mask = w;
@@ -356,13 +366,32 @@ INLINE void spmv_u8s8s32(const MultiplyArguments *multiply, int channel, int at,
             UNROLL for (int v = 0; v < vectors; v++) acc[u][v] =
                 _mm512_dpbusd_epi32(acc[u][v], _mm512_loadu_si512(a + v * LANES), w);
         }
+    const int64_t *first_blend = multiply->first_blend + channel * multiply->layer->chunks;
+    const Blend *blend = multiply->layer->blends + first_blend[0];
+    const Blend *last = multiply->layer->blends + first_blend[1];
+    for (; blend < last; blend += 2)
+        UNROLL for (int u = 0; u < 2; u++) {
+            if (u == 1 && blend + 1 == last)
+                break;
+            int64_t offset = multiply->step_offset[blend[u].where & ((1u << STEP_BITS) - 1)];
+            const uint32_t *a = planes + (blend[u].where >> STEP_BITS) * multiply->plane_stride + offset;
+            const uint8_t *crowd = multiply->crowded + blend[u].crowd * multiply->plane_stride + at + offset;
+            __m512i w = in_register(_mm512_set1_epi32((int)blend[u].word));
+            __m512i w4 = in_register(_mm512_set1_epi32((int)blend[u].word4));
+            UNROLL for (int v = 0; v < vectors; v++) {
+                __mmask16 crowded = _mm_movepi8_mask(_mm_loadu_si128((const __m128i *)(crowd + v * LANES)));
+                acc[u][v] = _mm512_dpbusd_epi32(acc[u][v], _mm512_loadu_si512(a + v * LANES),
+                                                _mm512_mask_blend_epi32(crowded, w, w4));
+            }
+        }
     UNROLL for (int v = 0; v < vectors; v++)
         _mm512_store_si512(&multiply->acc[channel][at + v * LANES], _mm512_add_epi32(acc[0][v], acc[1][v]));
 }
 
 static void multiply_entries(const MultiplyArguments *multiply, int channel) {
     const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
-    if (first[0] == first[1])
+    const int64_t *blends = multiply->first_blend + channel * multiply->layer->chunks;
+    if (first[0] == first[1] && blends[0] == blends[1])
         return;
     int vectors = (multiply->positions + LANES - 1) / LANES, at = 0;
     if (vectors == 8) {

@@ -170,6 +170,18 @@ static bool can_blend(const SlotRule *rule, int word_operands) {
            !(rule->is_signed && word_operands == 4);
 }
 
+/* Whether three or more threads of a blended slot can be active. */
+static bool is_crowded(const int8_t weights[QUAD]) {
+    return (weights[0] != 0) + (weights[1] != 0) + (weights[2] != 0) + (weights[3] != 0) >= 3;
+}
+
+static bool has_narrow(const int8_t weights[QUAD]) {
+    bool any = false;
+    for (int byte = 0; byte < QUAD; byte++)
+        any |= weights[byte] && !is_wide(weights[byte], true);
+    return any;
+}
+
 static bool is_dense(const int8_t weights[QUAD]) {
     return weights[0] && weights[1] && weights[2] && weights[3];
 }
@@ -177,11 +189,12 @@ static bool is_dense(const int8_t weights[QUAD]) {
 /* What the forms would cost, from a first look at all quads. */
 typedef struct {
     int64_t quads, terms, of_plane[MAX_PLANES];
-    int64_t dense_quads, terms_beside_blend;
+    int64_t blends, terms_beside_stream, blends_beside_stream;
 } Census;
 
 static Census take_census(const Layer *layer, const int8_t *weights, PlaneSet *set) {
     Census census = {0};
+    bool blends = can_blend(&layer->rule, layer->word_operands);
     for (int64_t group = 0; group < layer->shape.groups; group++)
         for (int64_t n = 0; n < layer->shape.n; n++)
             for (int64_t tap = 0; tap < layer->taps; tap++)
@@ -189,24 +202,30 @@ static Census take_census(const Layer *layer, const int8_t *weights, PlaneSet *s
                     int8_t w[QUAD];
                     fetch_quad(layer, weights, group, n, tap, quad, w);
                     Terms terms = quad_terms(set, &layer->rule, w);
+                    if (blends && is_crowded(w)) { /* one blend, and an entry for what narrow weights spare */
+                        terms.count = layer->rule.needs_both && has_narrow(w);
+                        census.blends++;
+                        census.blends_beside_stream += !is_dense(w);
+                    }
                     census.quads++;
                     census.terms += terms.count;
                     for (int i = 0; i < terms.count; i++)
                         census.of_plane[terms.plane[i]]++;
-                    census.terms_beside_blend += is_dense(w) ? 0 : terms.count;
+                    census.terms_beside_stream += is_dense(w) ? 0 : terms.count;
                 }
     return census;
 }
 
 /* Measured on Zen 4, in vector multiply-accumulates per step and channel. */
-static const double COST_ENTRY = 1.5, COST_PLAIN = 1.0, COST_SELECT = 1.65, COST_BLEND = 1.6,
-                    COST_SELECT_BLEND = 2.1;
+static const double COST_ENTRY = 1.5, COST_BLEND_ENTRY = 2.2, COST_PLAIN = 1.0, COST_SELECT = 1.65,
+                    COST_BLEND = 1.3, COST_SELECT_BLEND = 2.1;
 
 static void choose_form(Layer *layer, const int8_t *weights) {
     const SlotRule *rule = &layer->rule;
     PlaneSet set = {.count = 0};
     Census census = take_census(layer, weights, &set);
-    double best = COST_ENTRY * (double)census.terms, quads = (double)census.quads;
+    double best = COST_ENTRY * (double)census.terms + COST_BLEND_ENTRY * (double)census.blends,
+           quads = (double)census.quads;
     layer->form = FORM_NONE;
     int plane = 0, second = -1;
     for (int i = 1; i < set.count; i++)
@@ -216,7 +235,8 @@ static void choose_form(Layer *layer, const int8_t *weights) {
         if (i != plane && (second < 0 || census.of_plane[i] > census.of_plane[second]))
             second = i;
     double plain = COST_PLAIN * quads + COST_ENTRY * (double)(census.terms - census.of_plane[plane]);
-    if (set.count && plain < best) {
+    bool blends = can_blend(rule, layer->word_operands);
+    if (set.count && plain < best && !blends) {
         best = plain;
         layer->form = FORM_PLAIN;
     }
@@ -225,8 +245,9 @@ static void choose_form(Layer *layer, const int8_t *weights) {
         layer->form = FORM_SELECT;
     }
     double blend = (rule->needs_both ? COST_SELECT_BLEND : COST_BLEND) * quads +
-                   COST_ENTRY * (double)census.terms_beside_blend;
-    if (can_blend(rule, layer->word_operands) && blend < best)
+                   COST_ENTRY * (double)census.terms_beside_stream +
+                   COST_BLEND_ENTRY * (double)census.blends_beside_stream;
+    if (blends && blend < best)
         layer->form = rule->needs_both ? FORM_SELECT_BLEND : FORM_BLEND;
 
     /* The planes of the dense stream come first; the entries ask for more. */
@@ -249,7 +270,7 @@ static void choose_form(Layer *layer, const int8_t *weights) {
 typedef struct {
     Layer *layer;
     PlaneSet set;
-    int64_t entry; /* next */
+    int64_t entry, blend; /* next */
     bool is_counting;
     int32_t word_sum; /* of the current channel */
 } Writer;
@@ -281,6 +302,40 @@ static void write_dense(Writer *writer, uint32_t *block, int64_t quad_step, int 
     for (int half = 0; half < halves && !writer->is_counting; half++)
         block[((quad_step * halves + half) * words + part) * BLOCK + lane] =
             encode(values, half, layer->word_operands);
+}
+
+/* A crowded slot beside the dense stream. Bytes that a narrow weight spares at c = 2 see a plane of their
+ * own. */
+static void write_crowded(Writer *writer, int64_t quad_step, const int8_t w[QUAD]) {
+    Layer *layer = writer->layer;
+    const SlotRule *rule = &layer->rule;
+    int16_t exact[QUAD] = {0}, reduced[QUAD] = {0}, spared[QUAD] = {0}, rest[QUAD] = {0};
+    int pattern = slot_pattern_of(w, 0, 4), halves = QUAD / layer->word_operands;
+    uint32_t crowd = 0;
+    while (CROWD_PATTERNS[crowd] != pattern)
+        crowd++;
+    layer->crowds |= 1u << crowd;
+    for (int byte = 0; byte < QUAD; byte++) {
+        bool is_spared = rule->needs_both && !is_reducible(w[byte], true, rule);
+        exact[byte] = is_spared ? 0 : w[byte];
+        reduced[byte] = is_spared ? 0 : (int16_t)used_weight(w[byte], rule);
+        spared[byte] = is_spared ? w[byte] : 0;
+    }
+    if (spared[0] || spared[1] || spared[2] || spared[3])
+        write_entry(writer, find_plane(&writer->set, rule, WITH_EITHER_SPARED, pattern), quad_step, spared);
+    if (layer->word_operands == 4 && split_overflow(reduced, rest))
+        write_entry(writer, find_plane(&writer->set, rule, WITH_REDUCED, pattern), quad_step, rest);
+    int plane = find_plane(&writer->set, rule, WITH_EITHER, pattern);
+    for (int half = 0; half < halves; half++) {
+        uint32_t word = encode(exact, half, layer->word_operands);
+        uint32_t word4 = encode(reduced, half, layer->word_operands);
+        if (!word)
+            continue; /* then the reduced ones are zero, too */
+        if (!writer->is_counting)
+            layer->blends[writer->blend] = (Blend){
+                (uint32_t)plane << STEP_BITS | (uint32_t)(quad_step * halves + half), crowd, word, word4};
+        writer->blend++;
+    }
 }
 
 /* A dense quad under FORM_BLEND: both weights side by side; which bytes a narrow weight spares. */
@@ -329,28 +384,41 @@ static void write_terms(Writer *writer, uint32_t *block, int64_t quad_step, int 
 
 static void write_channel(Writer *writer, const int8_t *weights, int64_t group, int64_t n) {
     Layer *layer = writer->layer;
-    bool blends = layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND;
+    bool streams = layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND;
+    bool blends = can_blend(&layer->rule, layer->word_operands);
+    if (streams)
+        layer->crowds |= 1u << FULL_CROWD;
     int64_t block_words = layer->steps * form_words(layer->form) * BLOCK;
     uint32_t *block = layer->dense + (group * layer->blocks + n / BLOCK) * block_words;
     int64_t step = 0;
     writer->word_sum = 0;
     for (int64_t chunk = 0; chunk < layer->chunks; chunk++) {
-        if (!writer->is_counting)
-            layer->first_entry[(group * layer->shape.n + n) * layer->chunks + chunk] = writer->entry;
+        if (!writer->is_counting) {
+            int64_t at = (group * layer->shape.n + n) * layer->chunks + chunk;
+            layer->first_entry[at] = writer->entry;
+            layer->first_blend[at] = writer->blend;
+        }
         for (int64_t tap = 0; tap < layer->taps; tap++)
             for (int64_t quad = 0; quad < quads_of_chunk(layer, chunk); quad++, step++) {
                 int8_t w[QUAD];
                 fetch_quad(layer, weights, group, n, tap, chunk * layer->chunk_quads + quad, w);
-                if (blends && is_dense(w))
+                if (streams && is_dense(w))
                     write_blend(writer, block, step, (int)(n % BLOCK), w);
+                else if (blends && is_crowded(w))
+                    write_crowded(writer, step, w);
                 else
                     write_terms(writer, block, step, (int)(n % BLOCK), w);
             }
     }
 }
 
-/* One pass over the weights; returns how many entries there are, and notes the planes that are in use. */
-static int64_t write_program(Layer *layer, const int8_t *weights, bool is_counting) {
+/* How much one pass over the weights wrote, or would. */
+typedef struct {
+    int64_t entries, blends;
+} Written;
+
+/* One pass over the weights; also notes the planes that are in use. */
+static Written write_program(Layer *layer, const int8_t *weights, bool is_counting) {
     Writer writer = {.layer = layer, .is_counting = is_counting};
     memcpy(writer.set.planes, layer->planes, sizeof layer->planes);
     writer.set.count = layer->plane_count;
@@ -360,21 +428,25 @@ static int64_t write_program(Layer *layer, const int8_t *weights, bool is_counti
         if (!is_counting)
             layer->offset[i] = is_biased(layer) ? -128 * writer.word_sum : 0;
     }
-    if (!is_counting)
+    if (!is_counting) {
         layer->first_entry[channels * layer->chunks] = writer.entry;
+        layer->first_blend[channels * layer->chunks] = writer.blend;
+    }
     memcpy(layer->planes, writer.set.planes, sizeof layer->planes);
     layer->plane_count = writer.set.count;
-    return writer.entry;
+    return (Written){writer.entry, writer.blend};
 }
 
-/* As many quads as keep a job's planes in the core's cache. */
+/* As many quads as keep a job's planes in the core's cache; most planes are rarely touched beside a dense
+ * stream. */
 static void choose_chunks(Layer *layer) {
-    enum { PLANES_BYTES = 384 << 10 };
+    enum { MIXED_BYTES = 384 << 10, STREAM_BYTES = 1536 << 10 };
     const ConvShape *shape = &layer->shape;
     int64_t phases = layer->is_im2col ? 1 : shape->stride_h * shape->stride_w;
     phases = phases < layer->taps ? phases : layer->taps;
     int64_t quad_bytes = wanted_positions(layer) * 4 * words_per_quad(layer) * layer->plane_count * phases;
-    int64_t quads = quad_bytes ? PLANES_BYTES / quad_bytes : layer->quads;
+    int64_t bytes = layer->form == FORM_NONE ? MIXED_BYTES : STREAM_BYTES;
+    int64_t quads = quad_bytes ? bytes / quad_bytes : layer->quads;
     quads = quads < 4 ? 4 : quads;
     if (layer->quads == 0)
         return; /* an empty layer: one empty chunk */
@@ -487,10 +559,13 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
                             sizeof *layer->dense);
     layer->chunks = 1;
     layer->chunk_quads = layer->quads; /* until the planes are counted */
-    layer->entries = allocate(write_program(layer, weights, true), sizeof *layer->entries);
+    Written written = layer->dense ? write_program(layer, weights, true) : (Written){0, 0};
+    layer->entries = allocate(written.entries, sizeof *layer->entries);
+    layer->blends = allocate(written.blends, sizeof *layer->blends);
     choose_chunks(layer);
     layer->first_entry = allocate(outputs * layer->chunks + 1, sizeof *layer->first_entry);
-    if (!layer->dense || !layer->entries || !layer->first_entry) {
+    layer->first_blend = allocate(outputs * layer->chunks + 1, sizeof *layer->first_blend);
+    if (!layer->dense || !layer->entries || !layer->blends || !layer->first_entry || !layer->first_blend) {
         program_release(layer);
         return NULL;
     }
@@ -504,9 +579,10 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
 size_t program_bytes(const Layer *layer) {
     const ConvShape *shape = &layer->shape;
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
-    int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * (4 + 8 * layer->chunks);
+    int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * (4 + 16 * layer->chunks);
     bytes += shape->groups * layer->blocks * layer->steps * form_words(layer->form) * BLOCK * 4;
     bytes += layer->first_entry[outputs * layer->chunks] * (int64_t)sizeof(Entry);
+    bytes += layer->first_blend[outputs * layer->chunks] * (int64_t)sizeof(Blend);
     bytes += quads * slots_per_quad(&layer->rule) * tally_length(layer->rule.threads) * 4;
     bytes += layer->raw ? quads * shape->n * 4 : 0;
     return (size_t)bytes;
@@ -522,5 +598,7 @@ void program_release(Layer *layer) {
     free(layer->raw);
     free(layer->dense);
     free(layer->entries);
+    free(layer->blends);
+    free(layer->first_blend);
     free(layer);
 }

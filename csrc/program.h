@@ -35,6 +35,17 @@ typedef struct {
 
 enum { STEP_BITS = 24 };
 
+/* Slots with three or four weights: acc += plane[step] * (three or more active ? word4 : word). */
+typedef struct {
+    uint32_t where;
+    uint32_t crowd; /* which of the weight patterns below */
+    uint32_t word, word4;
+} Blend;
+
+/* Weight patterns under which three or more threads can be active. */
+enum { CROWDS = 5, FULL_CROWD = 4 };
+static const uint8_t CROWD_PATTERNS[CROWDS] = {7, 11, 13, 14, 15};
+
 struct Layer {
     ConvShape shape;
     SlotRule rule;
@@ -55,7 +66,10 @@ struct Layer {
     uint32_t *dense;      /* (groups, blocks, steps, words of the form, BLOCK) */
     Entry *entries;       /* sorted by (group, n) */
     int64_t *first_entry; /* (groups * n * chunks + 1) */
-    int32_t *offset;      /* (groups * n): -128 * sum of the words, where planes are biased by 128; else 0 */
+    Blend *blends;        /* likewise */
+    int64_t *first_blend;
+    unsigned crowds; /* those in use, one bit each */
+    int32_t *offset; /* (groups * n): -128 * sum of the words, where planes are biased by 128; else 0 */
     Plane planes[MAX_PLANES];
     int plane_count;
 

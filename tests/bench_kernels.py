@@ -1,4 +1,4 @@
-"""Micro-benchmarks for pytest-benchmark; not collected by default: pytest tests/bench_kernels.py --benchmark-only."""
+"""Micro-benchmarks, for pytest tests/bench_kernels.py --benchmark-only; not collected by default."""
 
 import numpy as np
 import pytest
