@@ -16,6 +16,8 @@ from sysmt.cli.info import info
 from sysmt.cli.plot import plot
 from sysmt.cli.prune import prune
 from sysmt.cli.run import run
+from sysmt.cli.search import search
+from sysmt.cli.sweep import sweep
 from sysmt.cli.topology import topology
 from sysmt.cli.trace import trace
 
@@ -31,7 +33,7 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(root)
 
-for command in (run, calibrate, prune, gemm, plot, topology, trace, info):
+for command in (run, calibrate, prune, sweep, search, gemm, plot, topology, trace, info):
     app.command()(command)
 
 

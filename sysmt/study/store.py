@@ -118,6 +118,8 @@ class Store:
 
     Attributes
     ----------
+    url, shown_url : str
+        Of the storage; the second without a password.
     name : str
     layers : list of str
 
@@ -141,7 +143,7 @@ class Store:
         grace_s: int = GRACE_S,
     ) -> None:
         self.url = storage_url(storage)
-        where = _without_password(self.url)
+        self.shown_url = where = _without_password(self.url)
         self.heartbeat_s, self.grace_s = heartbeat_s, grace_s
         with quiet(), storage_errors(self.url):
             self.storage = _open_storage(self.url, heartbeat_s, grace_s, make=bool(layers))

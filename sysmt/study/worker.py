@@ -64,6 +64,8 @@ class Worker:
     def __init__(self, store: Store, measure: Measure, seed: int = 0) -> None:
         self.store, self.measure, self.seed = store, measure, seed
         self._orphans: dict[int, float] = {}
+        self._next_reclaim = 0.0
+        self._done: dict[str, FrozenTrial] = {}
 
     def work(self, on_point: Callable[[Point, Mapping[str, Any]], None] | None = None) -> int:
         """Evaluate points until none is waiting, running elsewhere, or to be sampled.
@@ -83,8 +85,11 @@ class Worker:
             while copies < MAX_COPIES:
                 with self.store.errors():
                     trial, may_sample = self._take()
-                    if trial is None and not self.store.counts()["running"]:
-                        return done
+                    if trial is None:
+                        self.reclaim()
+                        counts = self.store.counts()
+                        if not counts["waiting"] and not counts["running"]:
+                            return done
                 if trial is None:
                     idle += 1
                     time.sleep(min(1.0, 0.1 * idle))  # should those at work die, their points come here
@@ -100,8 +105,10 @@ class Worker:
 
     def _take(self) -> tuple[Trial | None, bool]:
         """Take a trial from the queue or, if the plan allows it, from the sampler."""
-        self.reclaim()
+        if time.monotonic() >= self._next_reclaim:
+            self.reclaim()
         trials, plan = self.store.trials(), self.store.noted("plan")
+        self._done = evaluated(trials)
         waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
         running = any(trial.state == TrialState.RUNNING for trial in trials)
         may_sample = (
@@ -121,7 +128,7 @@ class Worker:
                         self._tell(trial, TrialState.PRUNED)  # another worker was faster at the last point
                         return None
                     point = self._point_of(trial)
-                    twin = evaluated(self.store.trials()).get(point.key)
+                    twin = self._done.get(point.key)
                     if twin is not None:
                         trial.set_user_attr(COPY, twin.number)
                         self._tell(trial, TrialState.COMPLETE, twin.values)
@@ -198,6 +205,7 @@ class Worker:
 
     def reclaim(self) -> None:
         """Give the points of dead workers back to the queue."""
+        self._next_reclaim = time.monotonic() + self.store.heartbeat_s
         optuna.storages.fail_stale_trials(self.store.study)
         now = time.monotonic()
         trials = self.store.trials()

@@ -1,0 +1,216 @@
+"""The search for threads per layer against random, greedy and uniform choices, with as many evaluated points.
+
+Seed 003 leaves open "which layers are best to decelerate, and how much". Every method gets the same
+number of points on the same images, several times with other calibration images, draws and
+refinements; what counts is the hypervolume of speedup and accuracy, and how many of the random
+points the searched front matches or beats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import experiment
+import pandas as pd
+import typer
+from experiment import Preset, Quick, Workload, markdown, percent
+
+from sysmt.cli.app import say
+from sysmt.cli.options import takes
+from sysmt.progress import Bar, progress_bar
+from sysmt.study.assign import write_threads_map
+from sysmt.study.front import Reference, hypervolume_curve, share_covered
+from sysmt.study.plots_study import plot_accuracy_speedup, plot_hypervolume, plot_sensitivities, plot_threads
+from sysmt.study.results import provenance
+from sysmt.study.search import BASELINES, SEARCH, SearchConfig, choose, front_table, run_baselines, run_search
+from sysmt.study.store import LAYER, Point, Store
+from sysmt.study.sweep import Bench, uniform
+from sysmt.study.worker import Worker
+
+SHARED = ("resnet20", "resnet32")
+TARGET_SPEEDUP = 3.0
+
+
+@takes(*(name for name in experiment.OPTIONS if name not in ("policy", "seed")))
+def search_vs_baselines(
+    chosen: dict[str, Any],
+    preset: Preset = None,
+    quick: Quick = False,
+    out: experiment.Out = None,
+    evaluations: Annotated[int, typer.Option(help="Evaluated points of each method and seed.")] = 40,
+    seeds: Annotated[int, typer.Option(help="How often the comparison is made.")] = 3,
+    recalibrate: Annotated[
+        str, typer.Option(help="Recalibrate every point: ema, cumulative or final; none for not.")
+    ] = "none",
+    below: Annotated[
+        float, typer.Option(help="Lower edge of the hypervolume: points below float accuracy.")
+    ] = 2.0,
+) -> None:
+    """Compare the search's hypervolume with random, greedy and uniform thread maps; find a 3x network."""
+    networks = experiment.workloads(chosen, preset, quick, SHARED)
+    evaluations, seeds = (12, 1) if quick else (evaluations, seeds)
+    path = out or Path("results") / f"search-vs-baselines{'-quick' if quick else ''}"
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "made_by.txt").write_text("".join(f"{k} = {v}\n" for k, v in provenance().items()))
+    texts, curves, targets = [], [], []
+    total = len(networks) * seeds * (3 * evaluations + 3)
+    with progress_bar("points of all methods", total, "points") as bar:
+        for network in networks:
+            network.prepare()
+            runs = []
+            for seed in range(seeds):
+                config = SearchConfig(
+                    evaluations=evaluations,
+                    seeds=max(4, evaluations * 2 // 5),
+                    recalibrate=recalibrate,
+                    seed=seed,
+                )
+                runs.append(compare(network, config, path, bar))
+            curve, text = hypervolumes(network, runs, below / 100)
+            curves.append(curve)
+            found = target_networks(network, runs, path)
+            targets.append(found)
+            texts += [text, layout_of(found)]
+            draw(network, runs[0], curve, path)
+    pd.concat(curves).to_csv(path / "hypervolume.csv", index=False)
+    pd.concat(targets).to_csv(path / "targets.csv", index=False)
+    (path / "summary.md").write_text("\n".join(texts))
+    print("\n".join(texts))
+    say(f"results are in {path}")
+
+
+@dataclasses.dataclass
+class Run:
+    """One seed's comparison: its bench, study and tables of points by method."""
+
+    config: SearchConfig
+    bench: Bench
+    store: Store
+    points: dict[str, pd.DataFrame]
+    sensitivities: pd.DataFrame
+
+
+def compare(network: Workload, config: SearchConfig, path: Path, bar: Bar) -> Run:
+    """Let every method evaluate its points, in one study for each seed."""
+    bench = Bench(dataclasses.replace(network.config, seed=config.seed))
+    name = f"{network.config.model}, seed {config.seed}, recalibrate {config.recalibrate}"
+    store = Store(path / "study.db", name, facts=bench.facts(), layers=bench.layers)
+
+    def on_point(point: Point, measured: Mapping[str, Any]) -> None:
+        bar.advance(1, f"{name}: {measured['speedup']:.2f}x {100 * measured['top1']:.1f} %")
+
+    sensitivities = run_search(bench, store, config, on_point)
+    run_baselines(bench, store, config, BASELINES, on_point)
+    points = {method: store.table(method) for method in (SEARCH, *BASELINES)}
+    file = path / f"points-{network.config.model}-{config.seed}.csv"
+    pd.concat([table.assign(of=method) for method, table in points.items()]).to_csv(file, index=False)
+    return Run(config, bench, store, points, sensitivities)
+
+
+def hypervolumes(network: Workload, runs: list[Run], below: float) -> tuple[pd.DataFrame, str]:
+    """Return hypervolume by number of evaluations, and the table of its final values."""
+    rows, cells = [], []
+    for run in runs:
+        best = run.bench.float_top1
+        reference = Reference(1.0, best - below, 4.0, best)
+        for method, table in run.points.items():
+            curve = hypervolume_curve(table["speedup"], table["top1"], reference)
+            rows += [
+                {"network": network.name, "method": method, "seed": run.config.seed, "evaluations": number}
+                | {"hypervolume": float(value)}
+                for number, value in enumerate(curve, 1)
+            ]
+    curve = pd.DataFrame(rows)
+    last = curve.groupby(["method", "seed"])["hypervolume"].last()
+    for method in (SEARCH, *BASELINES):
+        front = [front_table(run.points[SEARCH]) for run in runs]
+        covered = [
+            share_covered(
+                one["speedup"], one["top1"], run.points[method]["speedup"], run.points[method]["top1"]
+            )
+            for one, run in zip(front, runs, strict=True)
+        ]
+        values = last[method]
+        cells.append(
+            [
+                method,
+                f"{len(runs[0].points[method])}",
+                f"{values.mean():.3f}",
+                " ".join(f"{value:.3f}" for value in values),
+                "-" if method == SEARCH else " ".join(percent(share, 0) for share in covered),
+            ]
+        )
+    header = ["method", "points", "hypervolume", "by seed", "% of its points matched or beaten by the search"]
+    title = (
+        f"{network.name}: hypervolume from 1x and {100 * below:.0f} points below float "
+        f"(1 = 4x at float accuracy), recalibration: {runs[0].config.recalibrate}\n\n"
+    )
+    return curve, title + markdown(header, cells)
+
+
+def target_networks(network: Workload, runs: list[Run], path: Path) -> pd.DataFrame:
+    """Pick each seed's best network at 3x; measure it and the uniform ones with recalibration as well."""
+    rows = []
+    for run in runs:
+        points = pd.concat([run.points[SEARCH], run.points["uniform"]])
+        best = choose(run.points[SEARCH], target_speedup=TARGET_SPEEDUP)
+        picked = {name: int(best[f"{LAYER}{name}"]) for name in run.bench.layers}
+        write_threads_map(path / f"threads-{network.config.model}-3x-{run.config.seed}.toml", picked)
+        named = {f"searched, {TARGET_SPEEDUP:g}x": picked}
+        named |= {
+            f"{count}T": threads for count, threads in zip((1, 2, 4), uniform(picked, (1, 2, 4)), strict=True)
+        }
+        for mode in dict.fromkeys((run.config.recalibrate, "ema")):
+            wanted = {
+                name: dataclasses.replace(run.config.point(threads), recalibrate=mode)
+                for name, threads in named.items()
+            }
+            run.store.enqueue(wanted.values(), f"target {mode}")
+            Worker(run.store, run.bench.measure, run.config.seed).work()
+            for name, point in wanted.items():
+                measured = run.store.measured(point)
+                assert measured is not None
+                keep = ("speedup", "speedup_cycles", "top1", "top1_difference", "top1_difference_se", "loss")
+                about = {
+                    "network": network.name,
+                    "seed": run.config.seed,
+                    "setting": name,
+                    "recalibrate": mode,
+                }
+                rows.append(about | {key: measured[key] for key in keep})
+        del points
+    return pd.DataFrame(rows)
+
+
+def layout_of(found: pd.DataFrame) -> str:
+    """Lay out the table of networks at the target speedup."""
+    cells = [
+        [
+            row["setting"],
+            str(row["seed"]),
+            row["recalibrate"],
+            f"{row['speedup']:.2f}x",
+            percent(row["top1"]),
+            f"{100 * row['top1_difference']:+.2f} ± {100 * row['top1_difference_se']:.2f}",
+            f"{row['loss']:.4f}",
+        ]
+        for row in found.to_dict("records")
+    ]
+    return markdown(["threads", "seed", "recalibrated", "speedup", "top-1 %", "vs float", "loss"], cells)
+
+
+def draw(network: Workload, run: Run, curve: pd.DataFrame, path: Path) -> None:
+    """Draw the plots of one network, points and maps of the first seed."""
+    model = network.config.model
+    plot_hypervolume(curve, path / f"hypervolume-{model}.png", network.name)
+    tables = [table.assign(method=method) for method, table in run.points.items()]
+    plot_accuracy_speedup(pd.concat(tables), path / f"front-{model}.png", network.name)
+    plot_threads(front_table(run.points[SEARCH]), path / f"threads-{model}.png", network.name)
+    plot_sensitivities(run.sensitivities, path / f"sensitivities-{model}.png", network.name)
+
+
+if __name__ == "__main__":
+    experiment.main(search_vs_baselines)

@@ -1,0 +1,132 @@
+"""`sysmt search`: threads for each layer that give the best accuracy at each speedup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sysmt.cli.app import say
+from sysmt.cli.options import ARRAY, CALIBRATION, LAYERS, MACHINE, NETWORK, takes
+from sysmt.cli.sweep import print_points
+from sysmt.errors import ConfigError
+from sysmt.study.run_config import RECALIBRATION_MODES, RunConfig
+
+__all__ = ["search"]
+
+_SEARCH, _STUDY = "Search", "Study"
+
+
+def _search(help: str, **more: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=_SEARCH, **more)
+
+
+def _study(help: str, **more: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=_STUDY, **more)
+
+
+@takes(*NETWORK, "prune", "images", "recalibration_images", *LAYERS, *ARRAY, *CALIBRATION, *MACHINE)
+def search(
+    chosen: dict[str, Any],
+    target_speedup: Annotated[
+        float | None,
+        _search("Pick the most accurate network at this MAC-weighted speedup.", show_default="none"),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        _search(
+            "Pick the fastest network that loses at most so many points of top-1 to float.",
+            show_default="none",
+        ),
+    ] = None,
+    evaluations: Annotated[int, _search("Thread maps to evaluate.")] = 48,
+    seeds: Annotated[
+        int, _search("Of these, at most so many from the integer program; the others refine them.")
+    ] = 20,
+    sensitivity_images: Annotated[
+        int, _search("Training images, unlabelled, for the layers' sensitivities.")
+    ] = 256,
+    recalibrate: Annotated[
+        str, _search("BatchNorm recalibration of every map: ema, cumulative, final or none.", metavar="MODE")
+    ] = "ema",
+    baselines: Annotated[
+        bool, _search("Evaluate as many uniform, random and greedy (highest MSE first) maps, too.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        _study(
+            "Directory for the results; the same command goes on with what is there.",
+            metavar="DIR",
+            show_default="results/search-MODEL-n",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, _study("Start anew in --out.")] = False,
+    storage: Annotated[
+        str | None,
+        _study(
+            "Database for the study, such as postgresql://USER@HOST/DB.",
+            metavar="URL",
+            show_default="study.db in --out",
+        ),
+    ] = None,
+    study: Annotated[
+        str | None, _study("Name of the study in its storage.", show_default="search MODEL")
+    ] = None,
+    plots: Annotated[bool, _study("Draw the plots.")] = True,
+) -> None:
+    """Find threads for each layer: the best accuracy for every speedup.
+
+    Measures how much each layer's thread count disturbs the output, solves for the least disturbance
+    at a range of speedups (exactly, as an integer program), evaluates these maps and refines
+    them by NSGA-II. Writes front.csv, maps/*.toml for `sysmt run --threads-map`, sensitivities.csv,
+    points.csv and plots. Interrupted, the same command goes on; `sysmt sweep --join DIR` helps.
+    """
+    if target_speedup is not None and max_drop is not None:
+        raise ConfigError("pick by --target-speedup or by --max-drop, not by both")
+    if recalibrate not in (*RECALIBRATION_MODES, "none"):
+        raise ConfigError(
+            f"recalibrate={recalibrate!r} is unknown; allowed: none, {', '.join(RECALIBRATION_MODES)}"
+        )
+    config = RunConfig.from_record(chosen)
+    from sysmt.study.search import SearchConfig, choose, front_table
+    from sysmt.study.session import Session
+
+    plan = SearchConfig(
+        evaluations=evaluations,
+        seeds=seeds,
+        sensitivity_images=sensitivity_images,
+        policy=config.policy,
+        sparsity=config.prune or 0.0,
+        recalibrate=recalibrate,
+        seed=config.seed,
+    )
+    session = Session("search", config, out=out, storage=storage, study=study, overwrite=overwrite)
+    for note in session.bench.notes:
+        say(note, "dim")
+    try:
+        points = session.search(plan, baselines)
+    finally:
+        say(f"the study is in {session.store.shown_url}; results are in {session.directory.path}")
+    if plots:
+        session.draw()
+    print_points(front_table(points))
+    if target_speedup is not None or max_drop is not None:
+        row = choose(points, target_speedup=target_speedup, max_drop=max_drop)
+        say_choice(row, points, session.keep_choice(row))
+
+
+def say_choice(row: dict[str, Any], points: Any, path: Path) -> None:
+    """Say what the picked network costs, and what the uniform ones would."""
+    print(f"picked: {_described(row)}; its threads are in {path}")
+    columns = [name for name in points.columns if name.startswith("threads of ")]
+    for _, other in points[points[columns].nunique(axis=1) == 1].sort_values("speedup").iterrows():
+        print(f"uniform {int(other[columns[0]])}T: {_described(other)}")
+
+
+def _described(row: Any) -> str:
+    error = 100 * (row["top1_difference_se"] or 0)
+    return (
+        f"{row['speedup']:.2f}x ({row['network_speedup_cycles']:.2f}x in the network's cycles), top-1 "
+        f"{100 * row['top1']:.2f} %, {100 * row['top1_difference']:+.2f} ± {error:.2f} points to float"
+    )

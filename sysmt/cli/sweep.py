@@ -1,0 +1,208 @@
+"""`sysmt sweep`: evaluate many settings of one network, on one machine or many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sysmt.cli.app import print_table, say
+from sysmt.cli.options import ARRAY, CALIBRATION, LAYERS, MACHINE, NETWORK, takes
+from sysmt.config import parse_count
+from sysmt.errors import ConfigError
+from sysmt.study.run_config import RunConfig
+
+__all__ = ["sweep"]
+
+_POINTS, _STUDY = "Points", "Study"
+
+
+def _points(help: str, **more: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=_POINTS, **more)
+
+
+def _study(help: str, **more: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=_STUDY, **more)
+
+
+@takes(
+    *(name for name in NETWORK if name != "prune"),
+    "threads",
+    "images",
+    "recalibration_images",
+    *LAYERS,
+    *(name for name in ARRAY if name != "policy"),
+    *CALIBRATION,
+    *MACHINE,
+)
+def sweep(
+    chosen: dict[str, Any],
+    kinds: Annotated[
+        str,
+        _points(
+            "Thread maps made of --threads: a list of uniform, one-at-a-time (one layer lowered), prefix, "
+            "suffix (first or last layers lowered); none for those of --maps alone.",
+            metavar="LIST",
+        ),
+    ] = "uniform",
+    maps: Annotated[
+        Path | None,
+        _points(
+            "More thread maps: a CSV with a column per layer, or a TOML with tables [[points]].",
+            metavar="FILE",
+            show_default="none",
+        ),
+    ] = None,
+    policies: Annotated[str, _points("Policies to evaluate every map under.", metavar="LIST")] = "S+A",
+    sparsities: Annotated[
+        str, _points("Shares of weights, in [0, 1), set to zero first, without training.", metavar="LIST")
+    ] = "0",
+    recalibrate: Annotated[
+        str | None,
+        _points(
+            "Evaluate every point again with BatchNorm recalibrated: a list of ema (also if none is "
+            "given), cumulative, final.",
+            metavar="[LIST]",
+            show_default="off",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        _study(
+            "Directory for the results; the same command goes on with what is there.",
+            metavar="DIR",
+            show_default="results/sweep-MODEL-n",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, _study("Start anew in --out.")] = False,
+    storage: Annotated[
+        str | None,
+        _study(
+            "Database for the study, such as postgresql://USER@HOST/DB.",
+            metavar="URL",
+            show_default="study.db in --out",
+        ),
+    ] = None,
+    study: Annotated[
+        str | None, _study("Name of the study in its storage.", show_default="sweep MODEL")
+    ] = None,
+    workers: Annotated[int, _study("Processes on this machine, which share its CPUs.")] = 1,
+    join: Annotated[
+        str | None,
+        _study(
+            "Help with a sweep or search that was started elsewhere: its URL, study.db, or directory. Takes "
+            "the configuration from there; name --weights and --data where they lie elsewhere.",
+            metavar="STORAGE",
+            show_default="none",
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        _study("Write the points also to this CSV.", metavar="FILE", show_default="points.csv in --out"),
+    ] = None,
+    plots: Annotated[bool, _study("Draw the plots.")] = True,
+) -> None:
+    """Evaluate many settings of a network: thread maps x policies x sparsities x recalibration.
+
+    Every point is kept in a database once it is measured: after Ctrl-C or kill -9 the same command
+    goes on, and no finished point is evaluated again. Any number of processes and machines
+    can work on one study (--workers, --join).
+    """
+    from sysmt.study.results import check_writable
+
+    if export is not None:
+        check_writable(export)
+    if join is not None:
+        _join(join, study, chosen, export)
+        return
+    from sysmt.study.session import Session
+    from sysmt.study.sweep import Sweep
+
+    config = RunConfig.from_record(chosen)
+    plan = Sweep(
+        kinds=() if kinds == "none" else _words(kinds),
+        counts=config.threads,
+        maps_file=str(maps) if maps else None,
+        policies=_words(policies),  # type: ignore[arg-type]  # parsed there
+        sparsities=_numbers(sparsities),
+        recalibrate=_words(recalibrate) if recalibrate else (),
+    )
+    workers = parse_count(workers, "workers")
+    session = Session("sweep", config, out=out, storage=storage, study=study, overwrite=overwrite)
+    _say_start(session)
+    try:
+        table = session.sweep(plan, workers)
+    finally:
+        say(f"the study is in {session.store.shown_url}; results are in {session.directory.path}")
+    if export is not None:
+        table.to_csv(export, index=False)
+    if plots and len(table):
+        session.draw()
+    print_points(table)
+    _say_failures(session.store)
+
+
+def _join(storage: str, study: str | None, chosen: dict[str, Any], export: Path | None) -> None:
+    from sysmt.progress import progress_bar
+    from sysmt.study.session import join
+    from sysmt.study.store import Store
+
+    with progress_bar("points evaluated here", unit="points") as bar:
+        done = join(storage, study, chosen, lambda point, measured: bar.advance())
+    store = Store(storage, study)
+    say(f"{done} points were evaluated here; the study has {len(store.table())}")
+    if export is not None:
+        store.table().to_csv(export, index=False)
+    _say_failures(store)
+
+
+def _say_start(session: Any) -> None:
+    for note in session.bench.notes:
+        say(note, "dim")
+    counts = session.store.counts()
+    if session.goes_on or counts["complete"]:
+        say(f"going on with {counts['complete']} finished points", "dim")
+
+
+def _say_failures(store: Any) -> None:
+    failed = store.counts()["failed"]
+    if failed:
+        say(
+            f"warning: {failed} points ended three workers each and are left out; run again to retry",
+            "yellow",
+        )
+
+
+def print_points(table: Any, most: int = 40) -> None:
+    """Print the points of a study, fastest first."""
+    rows = []
+    for row in table.sort_values("speedup", ascending=False).head(most).to_dict("records"):
+        threads = [int(value) for key, value in row.items() if key.startswith("threads of ")]
+        rows.append(
+            [
+                "/".join(f"{threads.count(count)}x{count}T" for count in (1, 2, 4) if count in threads),
+                row["policy"],
+                f"{100 * row['sparsity']:.0f}",
+                row["recalibrate"],
+                f"{row['speedup']:.2f}x",
+                f"{row['network_speedup_cycles']:.2f}x",
+                f"{100 * row['top1']:.2f}",
+                f"{100 * row['top1_difference']:+.2f} ± {100 * (row['top1_difference_se'] or 0):.2f}",
+                f"{100 * row['collision_rate']:.1f}",
+            ]
+        )
+    header = ["layers", "policy", "pruned\n%", "recalibrated", "speedup\n", "network\ncycles", "top-1\n%"]
+    shown = f"{len(rows)} of {len(table)} points, fastest first" if len(rows) < len(table) else ""
+    print_table([*header, "vs float\npoints ± s.e.", "collisions\n%"], rows, caption=shown)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"sparsities={text!r} is no list of shares, such as 0,0.2,0.4") from None

@@ -1,0 +1,272 @@
+"""One sweep or search on disk: its directory, its study, its workers, and the files it leaves.
+
+A directory that such a command wrote is gone on with by the same command; the study in it refuses
+other networks, data and arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sysmt.errors import ConfigError, OutputError
+from sysmt.progress import progress_bar
+from sysmt.study.assign import write_threads_map
+from sysmt.study.front import Reference, hypervolume_curve
+from sysmt.study.results import RunDirectory, provenance, read_toml
+from sysmt.study.run_config import RunConfig
+from sysmt.study.search import BASELINES, SEARCH, SearchConfig, front_table, run_baselines, run_search
+from sysmt.study.store import LAYER, Point, Store
+from sysmt.study.sweep import Bench, Sweep, usable_cpus
+from sysmt.study.worker import Worker
+
+__all__ = ["Session", "join"]
+
+FILES = (
+    "config.toml", "study.db*", "points.csv", "front.csv", "sensitivities.csv", "hypervolume.csv",
+    "maps/*.toml", "chosen.toml", "*.png", "worker-*.log",
+)  # fmt: skip
+"""What a sweep or search writes."""
+
+HYPERVOLUME_DROP = 0.02
+"""Lower edge of hypervolumes, below the float network's accuracy."""
+
+_HEAD = """\
+The same command with the same --out goes on with this study; `sysmt sweep --join` helps with it.
+[run] and [study] are what it was made with; [made_by] is for the record."""
+
+OnPoint = Callable[[Point, Mapping[str, Any]], None]
+
+
+class Session:
+    """A study being worked on from the command line.
+
+    Parameters
+    ----------
+    kind : str
+        ``"sweep"`` or ``"search"``.
+    config : RunConfig
+    out : Path or None
+        Directory for the results; by default a new one in ./results.
+    storage : str or None
+        A database's URL or file; by default ``study.db`` in that directory.
+    study : str or None
+        Its name there; by default the kind and the model.
+    overwrite : bool
+        Start anew in a directory that has results.
+
+    Attributes
+    ----------
+    directory : RunDirectory
+    bench : Bench
+    store : Store
+    goes_on : bool
+        Whether there was such a study already.
+
+    Raises
+    ------
+    SysmtError
+        If the directory, network, data or study cannot be had, or do not fit each other.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        config: RunConfig,
+        *,
+        out: Path | None = None,
+        storage: str | None = None,
+        study: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.kind, self.config = kind, config
+        self.goes_on = out is not None and not overwrite and _is_kind(out, kind)
+        self.directory = RunDirectory(
+            out,
+            name=f"{kind}-{config.model}",
+            overwrite=overwrite or self.goes_on,
+            stale=() if self.goes_on else FILES,
+        )
+        try:
+            self.bench = Bench(config)
+            self.store = Store(
+                storage or self.directory.path / "study.db",
+                study or f"{kind} {config.model}",
+                facts=self.bench.facts(),
+                layers=self.bench.layers,
+                notes={"config": self.bench.config.to_record()},
+            )
+        except BaseException:
+            self.directory.remove_if_empty()
+            raise
+        self.directory.write_toml(
+            "config.toml",
+            {
+                "study": {"kind": kind, "storage": self.store.shown_url, "name": self.store.name},
+                "run": config.to_record(),
+                "made_by": provenance(),
+            },
+            comment=_HEAD,
+        )
+
+    # -- sweep ---------------------------------------------------------------------------------
+
+    def sweep(self, sweep: Sweep, workers: int = 1) -> pd.DataFrame:
+        """Evaluate a sweep's points with so many processes, this one included; return the table."""
+        points = sweep.points(self.bench.layers)
+        self.store.enqueue(points, "sweep")
+        open_points = len(points) - len(self.store.table("sweep"))
+        with self._files(), self._helpers(workers - 1):
+            self._work(open_points)
+        return self.store.table()
+
+    def _work(self, total: int) -> None:
+        done = self.store.counts()["complete"]
+        with progress_bar(self.kind, total, "points") as bar:
+
+            def on_point(point: Point, measured: Mapping[str, Any]) -> None:
+                # Other workers' points count, too.
+                bar.advance(self.store.counts()["complete"] - done - bar.done, _described(measured))
+
+            Worker(self.store, self.bench.measure, self.config.seed).work(on_point)
+
+    @contextlib.contextmanager
+    def _helpers(self, count: int) -> Iterator[None]:
+        """Run more workers on this machine, each with its share of the CPUs; end them with this one."""
+        threads = self.config.cpu_threads or max(1, usable_cpus() // (count + 1))
+        command = [sys.executable, "-m", "sysmt", "sweep", "--join", self.store.url]
+        command += ["--study", self.store.name, f"--cpu-threads={threads}"]
+        with contextlib.ExitStack() as stack:
+            helpers = []
+            for number in range(1, count + 1):
+                path = self.directory.path / f"worker-{number}.log"
+                log = stack.enter_context(path.open("wb"))
+                helpers.append(subprocess.Popen(command, stdout=log, stderr=log))
+            try:
+                yield
+            except BaseException:
+                for helper in helpers:
+                    helper.terminate()
+                raise
+            finally:
+                codes = [helper.wait() for helper in helpers]
+            if any(codes):
+                failed = codes.index(next(filter(None, codes))) + 1
+                raise OutputError(f"a worker ended early; see {self.directory.path / f'worker-{failed}.log'}")
+
+    # -- search --------------------------------------------------------------------------------
+
+    def search(self, search: SearchConfig, baselines: bool = False) -> pd.DataFrame:
+        """Search, and compare with the baselines if asked to; return the search's points."""
+        total = search.evaluations * (3 if baselines else 1) + (3 if baselines else 0)
+        with self._files(), progress_bar("search", total, "points") as bar:
+
+            def on_point(point: Point, measured: Mapping[str, Any]) -> None:
+                bar.advance(1, _described(measured))
+
+            sensitivities = run_search(self.bench, self.store, search, on_point)
+            self.directory.write_csv("sensitivities.csv", sensitivities)
+            if baselines:
+                run_baselines(self.bench, self.store, search, BASELINES, on_point)
+        points = self.store.table(SEARCH)
+        front = front_table(points)
+        self.directory.write_csv("front.csv", front)
+        for row in front.to_dict("records"):
+            name = f"threads-{row['speedup']:.2f}x-{row['point'][:6]}.toml"
+            write_threads_map(self.directory.path / "maps" / name, threads_of(row))
+        self.directory.write_csv("hypervolume.csv", self._hypervolumes(search))
+        return points
+
+    def _hypervolumes(self, search: SearchConfig) -> pd.DataFrame:
+        self.bench.select(search.sparsity)
+        best = self.bench.float_top1
+        reference = Reference(1.0, best - HYPERVOLUME_DROP, 4.0, best)
+        rows = []
+        for method in (SEARCH, *BASELINES):
+            table = self.store.table(method)
+            curve = hypervolume_curve(table["speedup"], table["top1"], reference) if len(table) else ()
+            rows += [
+                {"method": method, "seed": search.seed, "evaluations": number, "hypervolume": float(value)}
+                for number, value in enumerate(curve, 1)
+            ]
+        return pd.DataFrame(rows)
+
+    def keep_choice(self, row: Mapping[Any, Any]) -> Path:
+        """Write the thread map of the point that was picked."""
+        path = self.directory.path / "chosen.toml"
+        write_threads_map(path, threads_of(row))
+        return path
+
+    # -- files ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _files(self) -> Iterator[None]:
+        """Write the points measured so far, whatever ends the work."""
+        try:
+            yield
+        finally:
+            table = self.store.table()
+            if len(table):
+                self.directory.write_csv("points.csv", table)
+
+    def draw(self) -> None:
+        """Draw the plots, from the tables on disk."""
+        from sysmt.study.plots_study import draw_study
+
+        title = f"{self.config.model}, {self.bench.job.data.name}"
+        draw_study(self.directory.path, title)
+
+
+def join(storage: str, study: str | None, chosen: Mapping[str, Any], on_point: OnPoint | None = None) -> int:
+    """Work on a study that was made elsewhere.
+
+    Parameters
+    ----------
+    storage : str
+        Its database's URL, file, or the directory of the sweep or search.
+    study : str or None
+        Its name; not needed where there is only one.
+    chosen : mapping
+        Values of `RunConfig` that differ here, such as where weights and images lie.
+    on_point : callable, optional
+
+    Returns
+    -------
+    int
+        How many points were evaluated here.
+
+    Raises
+    ------
+    ConfigError
+        If weights, images or array are not the study's.
+    """
+    store = Store(storage, study)
+    if "config" not in store.notes:
+        raise ConfigError(f"study {store.name!r} was not made by `sysmt sweep` or `sysmt search`")
+    bench = Bench(RunConfig.from_record(store.notes["config"] | chosen, f"study {store.name!r}"))
+    store = Store(storage, store.name, facts=bench.facts(), layers=bench.layers)
+    return Worker(store, bench.measure, bench.config.seed + os.getpid()).work(on_point)
+
+
+def threads_of(row: Mapping[Any, Any]) -> dict[str, int]:
+    """Return the thread map in a row of a study's table."""
+    return {key.removeprefix(LAYER): int(count) for key, count in row.items() if key.startswith(LAYER)}
+
+
+def _described(measured: Mapping[str, Any]) -> str:
+    return f"{measured['speedup']:.2f}x {100 * measured['top1']:.2f} %"
+
+
+def _is_kind(path: Path, kind: str) -> bool:
+    """Whether a directory holds a study that the same command made."""
+    if not (path / "config.toml").is_file():
+        return False
+    study = read_toml(path / "config.toml").get("study")
+    return isinstance(study, Mapping) and study.get("kind") == kind
