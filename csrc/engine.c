@@ -1,4 +1,5 @@
 /* Run a layer: jobs of rows, each staged, packed, counted and multiplied; spread over threads. */
+#define _GNU_SOURCE /* clock_gettime */
 #include "engine.h"
 #include "geometry.h"
 #include "stage.h"
