@@ -47,6 +47,7 @@ def test_a_run_leaves_tables_plots_and_its_configuration(in_tmp):
         "accuracy.png",
         "collisions.png",
         "config.toml",
+        "energy.png",
         "layers.csv",
         "summary.csv",
     ]
