@@ -1,6 +1,7 @@
 /* Run a layer: jobs of rows, each staged, packed, counted and multiplied; spread over threads. */
 #define _GNU_SOURCE /* clock_gettime */
 #include "engine.h"
+#include "buffers.h"
 #include "geometry.h"
 #include "stage.h"
 
@@ -68,13 +69,13 @@ static int64_t plane_stride(const Shared *shared) {
 static void workspace_release(Workspace *workspace) {
     if (!workspace)
         return;
-    free(workspace->stage);
-    free(workspace->raw);
-    free(workspace->planes[0]);
-    free(workspace->planes[1]);
-    free(workspace->crowded);
-    free(workspace->acc);
-    free(workspace->events.list);
+    buffer_give(workspace->stage);
+    buffer_give(workspace->raw);
+    buffer_give(workspace->planes[0]);
+    buffer_give(workspace->planes[1]);
+    buffer_give(workspace->crowded);
+    buffer_give(workspace->acc);
+    buffer_give(workspace->events.list);
     free(workspace->corrections);
     free(workspace->first_correction);
     free(workspace);
@@ -82,7 +83,7 @@ static void workspace_release(Workspace *workspace) {
 
 /* With room behind the last stream: vectors are read whole. */
 static void *allocate(size_t bytes) {
-    return aligned_alloc(64, (bytes + 64 * sizeof(uint32_t) + 63) / 64 * 64);
+    return buffer_take(bytes + 64 * sizeof(uint32_t));
 }
 
 static Workspace *workspace_make(const Shared *shared) {
