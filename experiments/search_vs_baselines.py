@@ -64,7 +64,7 @@ def search_vs_baselines(
             for seed in range(seeds):
                 config = SearchConfig(
                     evaluations=evaluations,
-                    seeds=max(4, evaluations * 2 // 5),
+                    seeds=max(4, evaluations * 3 // 5),
                     recalibrate=recalibrate,
                     seed=seed,
                 )

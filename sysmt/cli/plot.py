@@ -13,13 +13,17 @@ __all__ = ["plot"]
 
 
 def plot(
-    directory: Annotated[Path, typer.Argument(help="Directory that `sysmt run` wrote.", metavar="DIR")],
+    directory: Annotated[
+        Path, typer.Argument(help="Directory that `sysmt run`, `sweep` or `search` wrote.", metavar="DIR")
+    ],
     title: Annotated[
         str | None, typer.Option(help="Title of the plots.", show_default="model, data and policy")
     ] = None,
 ) -> None:
-    """Draw the plots of a run again, from its summary.csv and layers.csv."""
+    """Draw the plots of a run, sweep or search again, from its tables."""
     from sysmt.study.plots import draw_run
+    from sysmt.study.plots_study import draw_study
 
-    for path in draw_run(directory, title):
+    is_study = (directory / "points.csv").is_file()
+    for path in draw_study(directory, title or "") if is_study else draw_run(directory, title):
         say(f"drawn: {path}")

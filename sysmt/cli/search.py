@@ -43,7 +43,7 @@ def search(
     evaluations: Annotated[int, _search("Thread maps to evaluate.")] = 48,
     seeds: Annotated[
         int, _search("Of these, at most so many from the integer program; the others refine them.")
-    ] = 20,
+    ] = 28,
     sensitivity_images: Annotated[
         int, _search("Training images, unlabelled, for the layers' sensitivities.")
     ] = 256,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,8 +36,9 @@ class Sensitivities:
     ----------
     table : DataFrame
         A row per layer and thread count other than the baseline's: ``layer``, ``threads``; ``kl``, the mean
-        Kullback-Leibler divergence of the softmax from the baseline's, in nats; ``flips``, the share of
-        images whose largest logit changes, in [0, 1]; ``macs`` of the layer per image.
+        Kullback-Leibler divergence of the softmax from the baseline's, in nats; ``mse``, the mean squared
+        change of the layer's own output against T = 1; ``flips``, the share of images whose largest
+        logit changes, in [0, 1]; ``macs`` of the layer per image.
     baseline : int
         Threads of all the other layers.
     images : int
@@ -101,7 +103,8 @@ def sensitivities(
     before = sim.threads()
     sim.set_threads(baseline)
     names = [layer.name for layer in sim.simulated()]
-    sums = {(name, count): [0.0, 0.0] for name in names for count in counts if count != baseline}
+    errors, sim.errors = sim.errors, True
+    sums = {(name, count): np.zeros(3) for name in names for count in counts if count != baseline}
     macs: dict[str, int] = {}
     seen = run = reused = 0
     start = time.monotonic()
@@ -122,19 +125,23 @@ def sensitivities(
                     layer.reset()
                     try:
                         output = prefix.run(batch, layer.module if reuse else sim.model)
+                        mse = layer.mse
                     finally:
                         layer.threads = baseline
                         layer.reset()
                     changed = F.log_softmax(_logits(output).double(), dim=1)
-                    total[0] += float(F.kl_div(changed, reference, reduction="sum", log_target=True))
-                    total[1] += int((changed.argmax(1) != reference.argmax(1)).sum())
+                    kl = float(F.kl_div(changed, reference, reduction="sum", log_target=True))
+                    total += kl, mse * len(batch), int((changed.argmax(1) != reference.argmax(1)).sum())
                     bar.advance(len(batch))
             run, reused = prefix.leaves_run, prefix.leaves_reused
     finally:
+        sim.errors = errors
         sim.set_threads(before)
     rows = [
-        {"layer": name, "threads": count, "kl": kl / seen, "flips": flips / seen, "macs": macs[name]}
-        for (name, count), (kl, flips) in sums.items()
+        {"layer": name, "threads": count}
+        | {key: float(value) for key, value in zip(("kl", "mse", "flips"), total / seen, strict=True)}
+        | {"macs": macs[name]}
+        for (name, count), total in sums.items()
     ]
     return Sensitivities(pd.DataFrame(rows), baseline, seen, time.monotonic() - start, run, reused)
 

@@ -260,6 +260,8 @@ class Sweep:
                 raise ConfigError(f"sparsity={sparsity} is out of range; it must be in [0, 1)")
         if not self.kinds and self.maps_file is None:
             raise ConfigError("a sweep needs kinds of thread maps, or a file with some")
+        if self.maps_file is not None and not Path(self.maps_file).is_file():
+            raise ConfigError(f"{self.maps_file} is missing; a CSV or TOML with thread maps is needed")
         object.__setattr__(self, "counts", tuple(parse_threads(count) for count in self.counts))
         object.__setattr__(
             self, "policies", tuple(parse_name(Policy, policy, "policy") for policy in self.policies)

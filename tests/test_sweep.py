@@ -1,0 +1,252 @@
+"""Lists of points, the bench that measures them, and `sysmt sweep` from the command line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny import TEST_IMAGES, assert_one_error_line, invoke, workload, write_images
+
+from sysmt.errors import ConfigError
+from sysmt.study.run_config import RunConfig
+from sysmt.study.store import Point, Store
+from sysmt.study.sweep import Bench, Sweep, one_at_a_time, prefixes, read_points, suffixes, uniform
+
+LAYERS = ["a", "b", "c"]
+SIMULATED = 6  # of the digits network
+
+
+def maps(kind, counts=(1, 2, 4)):
+    return ["".join(str(one[layer]) for layer in LAYERS) for one in kind(LAYERS, counts)]
+
+
+def test_families_of_thread_maps():
+    assert maps(uniform) == ["111", "222", "444"]
+    assert maps(one_at_a_time) == ["144", "414", "441", "244", "424", "442"]
+    assert maps(one_at_a_time, [2]) == []
+    assert maps(prefixes, (2, 4)) == ["244", "224"]
+    assert maps(suffixes, (2, 4)) == ["422", "442"]
+    assert len(set(maps(prefixes) + maps(suffixes))) == 12
+
+
+def test_a_sweep_is_a_product_of_distinct_points():
+    sweep = Sweep(
+        kinds=("uniform", "prefix", "uniform"),
+        counts=(2, 4),
+        policies=("S+A", "S+W"),
+        sparsities=(0.0, 0.5),
+        recalibrate=("ema",),
+    )
+    points = sweep.points(LAYERS)
+    assert len(points) == len({point.key for point in points}) == 4 * 2 * 2 * 2
+    assert [point.sparsity for point in points] == sorted(point.sparsity for point in points)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kinds": ("unifrom",)}, "did you mean 'uniform'"),
+        ({"counts": (3,)}, "1, 2 or 4"),
+        ({"policies": ("S+Q",)}, "policy='S\\+Q'"),
+        ({"sparsities": (1.0,)}, "sparsity=1.0"),
+        ({"recalibrate": ("emma",)}, "recalibrate='emma'"),
+        ({"kinds": ()}, "kinds of thread maps"),
+    ],
+)
+def test_wrong_sweeps_are_refused(change, words):
+    with pytest.raises(ConfigError, match=words):
+        Sweep(**change)
+
+
+def test_maps_from_files(tmp_path):
+    (tmp_path / "maps.csv").write_text("a,b,c\n1,2,4\n4,4,4\n")
+    assert read_points(tmp_path / "maps.csv", LAYERS) == [{"a": 1, "b": 2, "c": 4}, dict.fromkeys(LAYERS, 4)]
+    (tmp_path / "maps.toml").write_text('[[points]]\na = 1\ndefault = 4\n[[points]]\n"b" = 2\ndefault = 1\n')
+    assert read_points(tmp_path / "maps.toml", LAYERS) == [
+        {"a": 1, "b": 4, "c": 4},
+        {"a": 1, "b": 2, "c": 1},
+    ]
+    (tmp_path / "export.csv").write_text("point,top1,threads of a,threads of b,threads of c\nx,0.5,1,1,2\n")
+    assert read_points(tmp_path / "export.csv", LAYERS) == [{"a": 1, "b": 1, "c": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("x.csv", "a,b\n1,2\n", "leaves out layer 'c'"),
+        ("x.csv", "a,b,c,d\n1,2,4,4\n", "names 'd'"),
+        ("x.csv", "a,b,c\n1,2,3\n", "threads of layer 'c'"),
+        ("x.csv", "a,b,c\n1,2,\n", "threads of layer 'c'"),
+        ("x.csv", "a,b,c\n", "no points"),
+        ("x.toml", "points = 3", "must be tables"),
+        ("x.toml", "a = ", "no TOML"),
+        ("missing.csv", None, "missing.csv"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_points(tmp_path / name, LAYERS)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "tiny.npz")
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch, images):
+    monkeypatch.chdir(tmp_path)
+    return images
+
+
+def config(file, **more):
+    return RunConfig(weights="random", data=f"npz:{file}", batch_size=8, **more)
+
+
+def test_the_bench_measures_what_a_run_measures(in_tmp):
+    result = invoke("run", *workload(in_tmp), "--recalibrate", "ema", "--no-plots", "--out", "run")
+    assert result.exit_code == 0, result.output
+    summary = pd.read_csv("run/summary.csv").set_index("setting")
+    bench = Bench(config(in_tmp))
+    for threads, mode in ((4, "none"), (4, "ema"), (2, "none"), (4, "none")):
+        measured = bench.measure(Point(dict.fromkeys(bench.layers, threads), recalibrate=mode))
+        row = summary.loc[f"{threads}T" + (" recalibrated" if mode == "ema" else "")]
+        for key in ("top1", "top5", "loss", "top1_difference", "speedup", "cycles", "collision_rate"):
+            assert measured[key] == row[key], key
+
+
+def test_points_do_not_influence_each_other(in_tmp):
+    bench = Bench(config(in_tmp))
+    points = [
+        Point(dict.fromkeys(bench.layers, 4), "S+W"),
+        Point(dict.fromkeys(bench.layers, 2), sparsity=0.5, recalibrate="final"),
+        Point(dict.fromkeys(bench.layers, 4)),
+    ]
+    times = ("seconds",)
+    one_way = [bench.measure(point) for point in points]
+    other_way = [bench.measure(point) for point in points[::-1]][::-1]
+    for a, b in zip(one_way, other_way, strict=True):
+        assert {k: v for k, v in a.items() if k not in times} == {
+            k: v for k, v in b.items() if k not in times
+        }
+    assert len({measured["collision_rate"] for measured in one_way}) == 3
+
+
+def test_facts_name_what_makes_points_comparable(in_tmp, tmp_path):
+    facts = Bench(config(in_tmp, images=10)).facts()
+    assert facts == Bench(config(in_tmp, images=10, cpu_threads=1, threads=(2,))).facts()
+    other = write_images(tmp_path / "other.npz", seed=1)
+    for changed in (config(in_tmp), config(in_tmp, images=10, rows=8), config(other, images=10)):
+        assert Bench(changed).facts() != facts
+
+
+def test_a_sweep_leaves_points_plots_and_goes_on(in_tmp):
+    line = ("sweep", *workload(in_tmp), "--out", "out", "--threads", "1,4", "--policies", "S+A,S+W")
+    result = invoke(*line, "--export", "copy.csv")
+    assert result.exit_code == 0, result.output
+    points = pd.read_csv("out/points.csv")
+    assert len(points) == 4
+    assert points.equals(pd.read_csv("copy.csv"))
+    assert (points["images"] == TEST_IMAGES).all()
+    assert sum(name.startswith("threads of ") for name in points.columns) == SIMULATED
+    assert {"accuracy_speedup.png", "threads.png", "config.toml", "study.db"} <= set(os.listdir("out"))
+    again = invoke(*line, "--kinds", "uniform,one-at-a-time")
+    assert again.exit_code == 0, again.output
+    assert "going on with 4 finished points" in again.stderr
+    more = pd.read_csv("out/points.csv")
+    assert len(more) == 4 + 2 * SIMULATED
+    assert more.head(4)["seconds"].equals(points["seconds"])  # none of them was measured again
+    plotted = invoke("plot", "out")
+    assert plotted.exit_code == 0, plotted.output
+    assert "accuracy_speedup.png" in plotted.stderr
+
+
+def test_a_sweep_over_sparsities_shows_collisions(in_tmp):
+    result = invoke("sweep", *workload(in_tmp), "--out", "out", "--threads", "4", "--sparsities", "0,0.6")
+    assert result.exit_code == 0, result.output
+    points = pd.read_csv("out/points.csv")
+    rates = points.set_index("sparsity")["collision_rate"]
+    assert rates[0.6] < rates[0.0]
+    assert Path("out/collisions_sparsity.png").is_file()
+
+
+def test_another_network_or_data_set_is_refused(in_tmp, tmp_path):
+    line = ("--threads", "1", "--out", "out", "--no-plots")
+    assert invoke("sweep", *workload(in_tmp), *line).exit_code == 0
+    assert_one_error_line(invoke("sweep", *workload(in_tmp), *line, "--seed", "1"), "cannot be compared")
+    other = write_images(tmp_path / "other.npz", seed=5)
+    assert_one_error_line(invoke("sweep", *workload(other), *line), "data_sha256")
+    assert_one_error_line(invoke("sweep", "--join", "out", "--data", f"npz:{other}"), "data_sha256")
+    assert invoke("sweep", *workload(other), *line, "--overwrite").exit_code == 0
+
+
+def test_wrong_options_end_in_one_line(in_tmp):
+    assert_one_error_line(invoke("sweep", *workload(in_tmp), "--kinds", "unifrom"), "uniform")
+    assert_one_error_line(invoke("sweep", *workload(in_tmp), "--sparsities", "a"), "sparsities='a'")
+    assert_one_error_line(invoke("sweep", *workload(in_tmp), "--workers", "0"), "workers=0")
+    assert_one_error_line(invoke("sweep", "--join", "nowhere.db"), "missing")
+    assert_one_error_line(invoke("sweep", *workload(in_tmp), "--maps", "none.csv"), "none.csv")
+    assert not Path("results").exists() or not any(Path("results").iterdir())
+
+
+def test_workers_on_one_machine_share_the_points(in_tmp):
+    command = [
+        sys.executable,
+        "-m",
+        "sysmt",
+        "sweep",
+        *map(str, workload(in_tmp)),
+        "--out",
+        "out",
+        "--no-plots",
+    ]
+    command += ["--kinds", "prefix", "--threads", "1,2,4", "--workers", "2", "--cpu-threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    points = pd.read_csv("out/points.csv")
+    assert len(points) == 3 * (SIMULATED - 1)
+    workers = {trial.user_attrs["worker"] for trial in Store("out").trials()}
+    assert len(workers) in (1, 2)  # the second may come too late for so short a sweep
+    assert "Traceback" not in Path("out/worker-1.log").read_text()
+
+
+def test_kill_9_and_the_same_command_again(in_tmp):
+    command = [
+        sys.executable,
+        "-m",
+        "sysmt",
+        "sweep",
+        *map(str, workload(in_tmp)),
+        "--out",
+        "out",
+        "--no-plots",
+    ]
+    command += ["--kinds", "uniform,prefix,suffix", "--cpu-threads", "1"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 100
+    while time.monotonic() < end and killed.poll() is None:
+        time.sleep(0.1)
+        if Path("out/config.toml").is_file() and len(Store("out").table()) >= 3:
+            break
+    assert killed.poll() is None, "it was over before it could be killed"
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    finished = Store("out").table().set_index("point")["evaluation_seconds"]
+    assert 3 <= len(finished) < 33
+    lost = Store("out").counts()["running"]
+    assert lost <= 1
+    store = Store("out", grace_s=1, heartbeat_s=1)  # as the command does, but without the long wait
+    from sysmt.study.worker import Worker
+
+    bench = Bench(RunConfig.from_record(store.notes["config"]))
+    Worker(store, bench.measure).work()
+    table = store.table().set_index("point")
+    assert len(table) == 3 + 15 + 15
+    assert np.array_equal(table.loc[finished.index, "evaluation_seconds"], finished)
