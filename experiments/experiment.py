@@ -159,6 +159,11 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f}"
 
 
+def signed(difference: float) -> str:
+    """Write a difference of shares as percentage points with their sign; zero is +0.00."""
+    return f"{round(100 * difference, 2) + 0.0:+.2f}"
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """Lay out a Markdown table whose columns line up in plain text, too: the first is text."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

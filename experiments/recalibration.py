@@ -56,7 +56,7 @@ def recalibration(
         with progress_bar("recalibration", len(networks) * points_each, "points") as bar:
             for network in networks:
                 measure(network, wanted, seeds, ledger, bar)
-        table = summarise(ledger)
+        table = summarise(ledger, [network.name for network in networks])
         ledger.write("recalibration.csv", table)
         layout = "\n".join(layout_of(table, network.name) for network in networks)
         ledger.write_text("recalibration.md", layout)
@@ -119,8 +119,14 @@ def measure(network: Workload, counts: Sequence[int], seeds: int, ledger: Ledger
                 bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
 
 
-def summarise(ledger: Ledger) -> pd.DataFrame:
+def summarise(ledger: Ledger, networks: Sequence[str]) -> pd.DataFrame:
     """Join the seeds: a row per network, threads, mode and number of images.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    networks : sequence of str
+        Those whose points are complete; the ledger may hold some of others.
 
     Returns
     -------
@@ -129,7 +135,8 @@ def summarise(ledger: Ledger) -> pd.DataFrame:
         paired by image, each image counting with its mean over the seeds.
     """
     rows = []
-    for key, group in ledger.points().groupby(list(KEYS[:-1]), sort=False):
+    points = ledger.points()
+    for key, group in points[points["network"].isin(networks)].groupby(list(KEYS[:-1]), sort=False):
         reference = ledger.correct(network=key[0], threads=0, mode=NONE, recalibration_images=0, seed=0)
         keys = group[list(KEYS)].to_dict("records")
         hits = np.mean([ledger.correct(**one) for one in keys], axis=0, dtype=np.float64)

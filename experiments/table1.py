@@ -8,14 +8,14 @@ statistics of each BatchNorm layer moved. Rows marked † leave the layer with t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import experiment
 import numpy as np
 import pandas as pd
 import typer
-from experiment import Out, Preset, Quick, Workload, markdown, percent
+from experiment import Out, Preset, Quick, Workload, markdown, percent, signed
 
 from sysmt.cli.options import takes
 from sysmt.nn.frontend import Simulation
@@ -55,7 +55,7 @@ def table1(
         with progress_bar("table 1", total, "points") as bar:
             for network in networks:
                 measure(network, seeds, mode, ledger, bar)
-        table = summarise(ledger)
+        table = summarise(ledger, [network.name for network in networks])
         ledger.write("table1.csv", table)
         layout = paper_layout(table)
         ledger.write_text("table1.md", layout)
@@ -148,8 +148,14 @@ class _Measurer:
 # -- the table ---------------------------------------------------------------------------------
 
 
-def summarise(ledger: Ledger) -> pd.DataFrame:
+def summarise(ledger: Ledger, networks: Sequence[str]) -> pd.DataFrame:
     """Join the seeds: a row per network, setting and recalibration.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    networks : sequence of str
+        Those whose points are complete; the ledger may hold some of others.
 
     Returns
     -------
@@ -159,6 +165,7 @@ def summarise(ledger: Ledger) -> pd.DataFrame:
         its mean over the seeds; ``gain`` of recalibration with ``gain_se``, likewise.
     """
     points = ledger.points()
+    points = points[points["network"].isin(networks)]
     rows = []
     for (network, setting, recalibrated), group in points.groupby(list(KEYS[:3]), sort=False):
         base = {"network": network, "setting": setting, "recalibrated": False}
@@ -215,7 +222,7 @@ def paper_layout(table: pd.DataFrame) -> str:
 def _cell(row: pd.Series, is_reference: bool) -> str:
     if is_reference:
         return percent(row["top1"])
-    return f"{percent(row['top1'])} ({100 * row['difference']:+.2f} ± {100 * row['difference_se']:.2f})"
+    return f"{percent(row['top1'])} ({signed(row['difference'])} ± {100 * row['difference_se']:.2f})"
 
 
 def _notes(table: pd.DataFrame) -> str:
@@ -237,7 +244,7 @@ def _notes(table: pd.DataFrame) -> str:
         rows.append(
             [
                 f"{row.network}, {row.setting}",
-                f"{100 * row.gain:+.2f} ± {100 * row.gain_se:.2f}",
+                f"{signed(row.gain)} ± {100 * row.gain_se:.2f}",
                 _spread(plain["top1_seed_sd"]),
                 _spread(row.top1_seed_sd),
                 f"{row.speedup:.2f}x" if row.speedup == row.speedup else "-",
