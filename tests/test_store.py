@@ -1,5 +1,7 @@
 """Studies survive their workers: resumed, shared, refused to strangers, on SQLite and PostgreSQL."""
 
+import io
+import json
 import os
 import shutil
 import signal
@@ -221,6 +223,7 @@ def test_kill_9_loses_the_point_in_progress_alone(tmp_path):
     assert len(began) == len(set(began)) == 6 - finished  # the lost one among them, no finished one
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_worker_killed_before_its_first_heartbeat_is_noticed(tmp_path):
     store = make(tmp_path, heartbeat_s=1, grace_s=1)
     store.enqueue(points(2))
@@ -228,6 +231,7 @@ def test_a_worker_killed_before_its_first_heartbeat_is_noticed(tmp_path):
     assert Worker(store, measure).work() == 2
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore:optuna.storages._heartbeat")
 def test_a_point_that_kills_its_workers_is_given_up_and_counted(tmp_path):
     store = make(tmp_path)
     store.enqueue(points(1))
@@ -359,3 +363,34 @@ def test_two_workers_share_a_study_on_postgresql_and_one_dies(postgres, tmp_path
     assert len(ended) <= 10  # the race for a point may cost one
     with pytest.raises(ConfigError, match="weights_sha256"):
         Store(postgres, "shared", facts=FACTS | {"weights_sha256": "99"})
+
+
+def test_a_study_opens_in_optuna_dashboard(tmp_path):
+    dashboard = pytest.importorskip("optuna_dashboard")
+    store = make(tmp_path)
+    store.enqueue(points(3))
+    Worker(store, measure).work()
+    answer = {}
+
+    def ask(path):
+        body = dashboard.wsgi(store.storage)(
+            {
+                "REQUEST_METHOD": "GET",
+                "PATH_INFO": path,
+                "QUERY_STRING": "after=0",
+                "SERVER_NAME": "localhost",
+                "SERVER_PORT": "80",
+                "wsgi.input": io.BytesIO(),
+                "wsgi.errors": io.StringIO(),
+                "wsgi.url_scheme": "http",
+            },
+            lambda status, headers, *rest: answer.update(status=status),
+        )
+        return json.loads(b"".join(body))
+
+    (study,) = ask("/api/studies")["study_summaries"]
+    assert answer["status"].startswith("200")
+    assert study["study_name"] == "s"
+    shown = ask(f"/api/studies/{study['study_id']}")
+    assert answer["status"].startswith("200")
+    assert len(shown["trials"]) == 3
