@@ -291,6 +291,19 @@ def test_a_search_samples_up_to_its_budget_and_holds_what_is_fixed(tmp_path):
     assert Worker(store, measure, seed=5).work() == 0
 
 
+def test_a_search_breeds_from_points_that_were_finished_before(tmp_path):
+    store = make(tmp_path, layers=[f"l{i}" for i in range(12)])
+    seeds = [Point({name: (4 if name == f"l{i}" else 2) for name in store.layers}) for i in range(4)]
+    store.enqueue(seeds, "sweep")
+    Worker(store, measure).work()
+    store.enqueue(seeds, "search", even_finished=True)
+    store.plan_search(20, population=4, fixed=seeds[0], method="search")
+    assert Worker(store, measure, seed=1).work() == 16
+    children = store.table("search").tail(16)
+    twos = (children[[name for name in children if name.startswith("threads of")]] == 2).mean(axis=1)
+    assert twos.mean() > 0.7  # as in the seeds; a third, were they random
+
+
 def test_a_search_in_an_exhausted_space_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("sysmt.study.worker.MAX_COPIES", 20)
     store = make(tmp_path, layers=["a"])

@@ -265,7 +265,7 @@ def run_search(
     maps = [*uniform(bench.layers, reversed(THREAD_COUNTS))]
     maps += knapsack_maps(harms, macs, max(1, min(config.seeds, config.evaluations) - len(maps)))
     seeds = list({config.point(one).key: config.point(one) for one in maps}.values())[: config.evaluations]
-    store.enqueue(seeds, SEARCH)
+    store.enqueue(seeds, SEARCH, even_finished=store.noted("plan") is None)
     store.plan_search(config.evaluations, max(2, len(seeds)), seeds[0], SEARCH)
     Worker(store, bench.measure, config.seed).work(on_point)
     return table

@@ -269,7 +269,7 @@ class Store:
 
     # -- the queue -----------------------------------------------------------------------------
 
-    def enqueue(self, points: Iterable[Point], method: str = "") -> int:
+    def enqueue(self, points: Iterable[Point], method: str = "", *, even_finished: bool = False) -> int:
         """Put points into the queue, but for those that are finished, waiting or running already.
 
         Parameters
@@ -277,6 +277,9 @@ class Store:
         points : iterable of Point
         method : str
             Who wants them; `table` can be asked for one method's points.
+        even_finished : bool
+            Also put finished points there: they are not evaluated again, but copied, and so become
+            members of a search's population.
 
         Returns
         -------
@@ -291,7 +294,8 @@ class Store:
                     f"a point must set the threads of every simulated layer; look at {min(odd)!r}"
                 )
         trials = self.trials()
-        known = {*evaluated(trials), *(key_of(t) for t in trials if t.state in PENDING)}
+        known = {key_of(trial) for trial in trials if trial.state in PENDING}
+        known |= set() if even_finished else set(evaluated(trials))
         new = 0
         with quiet(), self.errors():
             listed = self.noted("methods") or {}

@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, RandomSampler
+from optuna.samplers import NSGAIISampler, PartialFixedSampler, RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sysmt.config import THREAD_COUNTS, Policy
@@ -116,8 +116,17 @@ class Worker:
         )
         if not waiting and not may_sample:
             return None, False
-        self.store.study.sampler = self._sampler(plan, trials, waiting)
-        return self.store.study.ask(), may_sample
+        genetic = self._genetic(plan, trials, waiting)
+        if plan is None or genetic is None:
+            # Never asked for anything: what is in the queue sets every parameter.
+            self.store.study.sampler = RandomSampler(seed=self.seed)
+            return self.store.study.ask(), may_sample
+        self.store.study.sampler = PartialFixedSampler(plan["fixed"], genetic)
+        trial = self.store.study.ask()
+        if POINT in trial.user_attrs:
+            # Optuna gives generations to the points that it samples; those of the queue are parents, too.
+            genetic.get_trial_generation(self.store.study, self.store.storage.get_trial(self._id(trial)))
+        return trial, may_sample
 
     def _evaluate(self, trial: Trial, may_sample: bool) -> tuple[Point, dict[str, Any]] | None:
         """Evaluate a trial and finish it, whatever happens; None if there was nothing new to evaluate."""
@@ -183,9 +192,8 @@ class Worker:
     @contextlib.contextmanager
     def _heartbeat(self, trial: Trial) -> Iterator[None]:
         """Give signs of life for a trial, the first before anything else, and say who works on it."""
-        study_id = self.store.storage.get_study_id_from_name(self.store.name)
-        trial_id = self.store.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
         with self.store.errors():
+            trial_id = self._id(trial)
             self.store.storage.record_heartbeat(trial_id)
             trial.set_user_attr(WORKER, f"{socket.gethostname()}:{os.getpid()}")
         stop = threading.Event()
@@ -238,19 +246,23 @@ class Worker:
         done, mine = evaluated(trials), self.store.methods(trials).get(plan["method"], [])
         return sum(key in done for key in mine) < int(plan["population"])
 
-    def _sampler(
+    def _genetic(
         self,
         plan: Mapping[str, Any] | None,
         trials: Sequence[FrozenTrial],
         waiting: Sequence[FrozenTrial],
-    ) -> BaseSampler:
-        """Choose the sampler of the next trial: its parents and children are the plan's own points alone."""
+    ) -> NSGAIISampler | None:
+        """Return the sampler if the next trial is the plan's; others are no parents, and have none."""
         if plan is None or (waiting and key_of(waiting[0]) not in self.store.methods(trials)[plan["method"]]):
-            return RandomSampler(seed=self.seed)  # never asked: what is in the queue sets every parameter
+            return None
         # Workers must not draw the same children, nor one worker the same ones again after a restart.
         draw = hashlib.sha256(f"{self.seed} {len(trials)}".encode()).digest()
-        genetic = NSGAIISampler(population_size=plan["population"], seed=int.from_bytes(draw[:4], "big"))
-        return PartialFixedSampler(plan["fixed"], genetic)
+        return NSGAIISampler(population_size=plan["population"], seed=int.from_bytes(draw[:4], "big"))
+
+    def _id(self, trial: Trial) -> int:
+        """Key of a trial in the storage, where its number is the study's."""
+        study_id = self.store.storage.get_study_id_from_name(self.store.name)
+        return self.store.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
 
     def _choices(self) -> dict[str, Sequence[Any]]:
         """What each categorical parameter can be, the same in all trials as Optuna wants it."""
