@@ -158,8 +158,9 @@ class ArrayConfig:
         put("policy", parse_name(Policy, self.policy, "policy"))
         put("drain", parse_name(Drain, self.drain, "drain"))
         put("rounding", parse_name(Rounding, self.rounding, "rounding"))
-        if not isinstance(self.saturate, bool):
+        if type(self.saturate).__name__ not in ("bool", "bool_"):  # numpy's counts, too
             raise ConfigError(f"saturate={self.saturate!r} must be True or False")
+        put("saturate", bool(self.saturate))
 
     def replace(self, **changes: Any) -> ArrayConfig:
         """Return a copy with the named fields changed (and validated again)."""

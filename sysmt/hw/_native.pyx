@@ -11,6 +11,9 @@ cimport numpy as cnp
 
 cnp.import_array()
 
+cdef extern from "fingerprint.h" nogil:
+    unsigned long long fingerprint_bytes "fingerprint"(const unsigned char *data, int64_t bytes)
+
 cdef extern from "kernels.h" nogil:
     cdef enum:
         MAX_PATHS
@@ -72,6 +75,16 @@ cdef const Path *find_path(str name) except NULL:
         if paths[i].name.decode() == name:
             return paths[i]
     raise LookupError(name)
+
+
+def fingerprint(values):
+    """64-bit fingerprint of an array's memory; the array must be C-contiguous."""
+    cdef const unsigned char[::1] data = values.reshape(-1).view("u1")
+    cdef int64_t size = data.shape[0]
+    cdef unsigned long long result
+    with nogil:
+        result = fingerprint_bytes(&data[0] if size else NULL, size)
+    return result
 
 
 def path_names():

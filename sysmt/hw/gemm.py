@@ -11,7 +11,8 @@ import numpy.typing as npt
 from sysmt.config import ArrayConfig, Engine, parse_count, parse_name
 from sysmt.errors import ConfigError
 from sysmt.hw import array, cycle, reference
-from sysmt.hw.operands import apply_order, check_operands
+from sysmt.hw.kernels import active_path
+from sysmt.hw.operands import apply_order, check_operands, check_order
 from sysmt.hw.stats import Counters, GemmStats
 from sysmt.hw.timing import gemm_cycles
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from sysmt.hw.activity import Activity
 
 __all__ = ["GemmResult", "gemm_stats", "simulate_gemm"]
+
+MAX_CPU_THREADS = 1024
+"""More make no sense; results never depend on them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +101,14 @@ def simulate_gemm(
     if not isinstance(config, ArrayConfig):
         raise ConfigError(f"config has type {type(config).__name__}; an ArrayConfig is needed")
     engine = parse_name(Engine, engine, "engine")
-    cpu_threads = parse_count(cpu_threads, "cpu_threads")
+    cpu_threads = min(parse_count(cpu_threads, "cpu_threads"), MAX_CPU_THREADS)
     a, b = check_operands(a_mk, b_kn)
     m, k = a.shape
     n = b.shape[1]
+    if order is not None:
+        check_order(order, k, config.threads)
+    if engine is Engine.FAST:
+        active_path()  # an unknown SYSMT_PATH is an error whatever the sizes
     if 0 in (m, n, k):
         return GemmResult(np.zeros((m, n), np.int32), GemmStats((0,) * (config.threads + 1)))
     activity = None

@@ -19,12 +19,22 @@ from sysmt.hw.operands import MAX_K, check_order
 from sysmt.hw.stats import Counters
 from sysmt.hw.timing import slot_count
 
-__all__ = ["TIMES", "ConvResult", "PackedConv", "PackedGemm", "active_path", "available_paths"]
+__all__ = ["TIMES", "ConvResult", "PackedConv", "PackedGemm", "active_path", "available_paths", "fingerprint"]
 
 TIMES = ("stage", "count", "pack", "multiply", "store")
 """What the vector paths spend their time on, in csrc/'s order."""
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def fingerprint(values: np.ndarray) -> int:
+    """Return 64 bits that tell whether an array still holds the same values at the same places.
+
+    Parameters
+    ----------
+    values : ndarray, C-contiguous
+    """
+    return _native.fingerprint(values)
 
 
 def available_paths() -> tuple[str, ...]:

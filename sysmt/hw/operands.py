@@ -36,7 +36,10 @@ def check_operands(a_mk: npt.ArrayLike, b_kn: npt.ArrayLike) -> tuple[np.ndarray
     OperandError
         If a dtype, rank or shape does not fit, or K is above `MAX_K`.
     """
-    a, b = np.asarray(a_mk), np.asarray(b_kn)
+    try:
+        a, b = np.asarray(a_mk), np.asarray(b_kn)
+    except ValueError as error:
+        raise OperandError(f"a_mk and b_kn must be matrices, not ragged ({error})") from None
     if a.ndim != 2 or b.ndim != 2:
         raise OperandError(
             f"a_mk has shape {a.shape} and b_kn {b.shape}; both must be matrices: (M, K) times (K, N)"
@@ -73,7 +76,10 @@ def check_order(order: npt.ArrayLike, k: int, threads: int) -> np.ndarray:
     OperandError
         If it is neither permutation.
     """
-    given: np.ndarray[Any, Any] = np.asarray(order)
+    try:
+        given: np.ndarray[Any, Any] = np.asarray(order)
+    except ValueError as error:
+        raise OperandError(f"order must be one axis of integers ({error})") from None
     padded = threads * slot_count(k, threads)
     if given.ndim != 1 or not (np.issubdtype(given.dtype, np.integer) or given.size == 0):
         raise OperandError(

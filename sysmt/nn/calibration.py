@@ -46,8 +46,9 @@ class RangeObserver:
             return
         flat = images.flatten(1)
         low, high = flat.amin(1), flat.amax(1)
-        if not bool(torch.isfinite(low + high).all()):
-            bad = int((~torch.isfinite(low + high)).nonzero()[0])
+        finite = low.isfinite() & high.isfinite()
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
             raise CalibrationError(
                 f"layer {self.layer!r} got NaN or infinite activations in image {bad} of a calibration batch"
             )
@@ -84,13 +85,14 @@ class RangeObserver:
 class WideObserver:
     """Counts, for each K position of one layer, how often the quantised activation is wide."""
 
-    def __init__(self, layer: HookedLayer) -> None:
+    def __init__(self, layer: HookedLayer, range_: ActivationRange | None) -> None:
         self.layer = layer
+        self.range = range_
         self.counts = np.zeros((layer.geometry.groups, layer.geometry.gemm_k), np.int64)
 
     def observe(self, images: torch.Tensor) -> None:
         """Take note of one call of the layer with (B, C, H, W) activations."""
-        range_ = self.layer.range
+        range_ = self.range
         if range_ is None or not images.numel():
             return
         g = self.layer.geometry
@@ -130,6 +132,8 @@ def image_batches(loader: Iterable[Any], images: int) -> Iterator[torch.Tensor]:
     CalibrationError
         If the loader gives something else, or nothing.
     """
+    if isinstance(loader, torch.Tensor):
+        raise CalibrationError("the loader is a tensor; give a list of batches, such as [tensor]")
     seen = 0
     for item in loader:
         batch = item[0] if isinstance(item, Sequence) and not isinstance(item, str) and len(item) else item

@@ -98,12 +98,15 @@ def load_calibration(sim: Simulation, path: str | Path) -> dict[str, Any]:
         If the file is missing, damaged or another network's, or lacks a layer that is simulated.
     """
     header, arrays = _read(Path(path))
-    own, theirs = weights_hash(sim.model), header["weights_sha256"]
+    own, theirs = weights_hash(sim.model), str(header["weights_sha256"])
     if own != theirs:
         raise CalibrationError(
             f"{path} was made for other weights: it belongs to {theirs[:16]}, the network has {own[:16]}"
         )
-    ranges = {name: ActivationRange(r["scale"], r["signed"]) for name, r in header["ranges"].items()}
+    try:
+        ranges = {name: ActivationRange(r["scale"], r["signed"]) for name, r in header["ranges"].items()}
+    except (ConfigError, AttributeError, KeyError, TypeError) as error:
+        raise CalibrationError(f"{path} is damaged: its ranges cannot be read ({error})") from error
     first = sim.layers.get(header["first_convolution"] or "")
     if first is not None:
         sim.note_execution(first)
@@ -115,6 +118,8 @@ def load_calibration(sim: Simulation, path: str | Path) -> dict[str, Any]:
             "choice of layers (first, linear, depthwise)"
         )
     wide = {name.removeprefix(_WIDE): value for name, value in arrays.items() if name.startswith(_WIDE)}
+    if wide and not set(wide) >= {layer.name for layer in simulated}:
+        raise CalibrationError(f"{path} has reordering statistics of some layers only; calibrate again")
     for layer in simulated:
         shape = (layer.geometry.groups, layer.geometry.gemm_k)
         if layer.name in wide and wide[layer.name].shape != shape:

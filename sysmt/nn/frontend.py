@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from types import TracebackType
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -17,6 +19,7 @@ from sysmt.config import ArrayConfig, parse_count, parse_threads
 from sysmt.errors import CalibrationError, ConfigError, UnsupportedLayerError, nearest
 from sysmt.hw.energy import EnergyTable, load_table
 from sysmt.hw.memory import Memory
+from sysmt.hw.operands import MAX_K
 from sysmt.nn.calibration import RangeObserver, WideObserver, image_batches, run_observed
 from sysmt.nn.energy import layer_energy
 from sysmt.nn.layers import CapturedGemm, HookedLayer
@@ -138,7 +141,7 @@ class Simulation:
         self._first_name: str | None = None
         self._reorder = False
         self._threads_by_name: dict[str, int] = {}
-        excluded = {exclude} if isinstance(exclude, str) else set(exclude)
+        excluded = {exclude} if isinstance(exclude, str) else {str(name) for name in exclude}
         self.layers: dict[str, HookedLayer] = {}
         for name, module in model.named_modules():
             excluded_here = name in excluded
@@ -151,8 +154,19 @@ class Simulation:
                 f"exclude names {name!r}, which the model does not have{nearest(name, self.layers)}"
             )
         self._check_something_to_simulate()
+        self._attached = True
+        self._images = 0
+        self._forward_begins = False
+        self._hook = model.register_forward_pre_hook(self._begin_forward)
+        # torch's fast path of attention layers reads weights past the modules that hold them.
+        self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+            torch.backends.mha.set_fastpath_enabled(False)
         for layer in self.layers.values():
             layer.module.forward = layer  # type: ignore[method-assign]
+
+    def _begin_forward(self, *_: Any) -> None:
+        self._forward_begins = True
 
     def _add_layer(self, name: str, module: nn.Module, linear: bool, depthwise: bool, excluded: bool) -> None:
         if isinstance(module.__dict__.get("forward"), HookedLayer):
@@ -175,6 +189,12 @@ class Simulation:
             reason = None if linear else LINEAR
         elif LayerGeometry.of(module).depthwise and not depthwise:
             reason = DEPTHWISE
+        k = LayerGeometry.of(module).gemm_k
+        if reason is None and k > MAX_K:
+            raise UnsupportedLayerError(
+                f"layer {name!r} has K={k}, which could overflow a 32-bit accumulator; at most {MAX_K} is "
+                "possible. Name it in `exclude` to leave it in float"
+            )
         if reason is None and not _has_standard_forward(module):
             raise UnsupportedLayerError(
                 f"layer {name!r} ({type(module).__name__}) has a forward of its own, which the array would "
@@ -209,24 +229,34 @@ class Simulation:
 
         Statistics that were recalibrated meanwhile stay. Detaching twice does nothing.
         """
+        if self._attached:
+            self._attached = False
+            self._hook.remove()
+            torch.backends.mha.set_fastpath_enabled(self._fast_path)
         for layer in self.layers.values():
             if layer.module.__dict__.get("forward") is layer:
                 del layer.module.forward
                 if layer.module.forward != layer.original_forward:
                     layer.module.forward = layer.original_forward
 
-    def note_execution(self, layer: HookedLayer) -> None:
-        """Learn which convolution runs first, and leave it in float unless ``first=True``."""
+    def note_execution(self, layer: HookedLayer, images: int = 0) -> None:
+        """Count the images of a forward, and leave the first convolution in float unless ``first=True``."""
+        if self._forward_begins:
+            self._forward_begins = False
+            self._images += images
         if self._include_first or self._first_name is not None or not isinstance(layer.module, nn.Conv2d):
             return
-        self._first_name = layer.name
         if layer.reason is None:
-            if layer.name in self._threads_by_name:
+            waiting = "capture" if layer.captures else ""
+            named = "set_threads" if layer.name in self._threads_by_name else waiting
+            if named:
+                layer.captures = []
                 raise ConfigError(
-                    f"set_threads names {layer.name!r}, but it is the first convolution and stays in float; "
+                    f"{named} names {layer.name!r}, but it is the first convolution and stays in float; "
                     "attach with first=True to simulate it"
                 )
             layer.reason = FIRST_CONVOLUTION
+        self._first_name = layer.name
 
     # -- calibration ---------------------------------------------------------------------------
 
@@ -262,7 +292,7 @@ class Simulation:
             If `images` or `percentile` is out of range.
         """
         images = parse_count(images, "images")
-        if percentile is not None and not 0 < percentile <= 100:
+        if percentile is not None and not (isinstance(percentile, int | float) and 0 < percentile <= 100):
             raise ConfigError(f"percentile={percentile!r} is out of range; it must be in (0, 100]")
         if reorder and iter(loader) is loader:
             raise CalibrationError(
@@ -274,17 +304,27 @@ class Simulation:
             layer.reason = None if layer.reason == FIRST_CONVOLUTION else layer.reason
             self._first_name = None
         observers = {layer.name: RangeObserver(layer.name, percentile) for layer in self.simulated()}
-        run_observed(self.model, self.layers.values(), observers, image_batches(loader, images))
-        for name, observer in observers.items():
-            self.layers[name].range = observer.result()
-            self.layers[name].wide_counts = None
-        if reorder:
-            wide = {layer.name: WideObserver(layer) for layer in self.simulated()}
-            run_observed(self.model, self.layers.values(), wide, image_batches(loader, images))
-            for name, counter in wide.items():
-                self.layers[name].wide_counts = list(counter.counts)
+        try:
+            run_observed(self.model, self.layers.values(), observers, image_batches(loader, images))
+            ranges = {layer.name: observers[layer.name].result() for layer in self.simulated()}
+            wide = {}
+            if reorder:
+                wide = {layer.name: WideObserver(layer, ranges[layer.name]) for layer in self.simulated()}
+                run_observed(self.model, self.layers.values(), wide, image_batches(loader, images))
+        finally:
+            self.reset()
+        for name, range_ in ranges.items():
+            self.layers[name].range = range_
+            self.layers[name].wide_counts = list(wide[name].counts) if reorder else None
         self.reorder = reorder
-        self.reset()
+        unreached = [name for name, range_ in ranges.items() if range_ is None]
+        if unreached:
+            warnings.warn(
+                f"{len(unreached)} layer(s) to be simulated were not reached in calibration, such as "
+                f"{unreached[0]!r}: their forward was never called, so what they compute, if anything, stays "
+                "in float and uncounted",
+                stacklevel=2,
+            )
 
     def ranges(self) -> dict[str, ActivationRange]:
         """Return the activation range of every simulated layer that has one."""
@@ -303,6 +343,8 @@ class Simulation:
         ConfigError
             If a name is unknown or its layer stays in float, or a scale is not positive and finite.
         """
+        if not isinstance(ranges, Mapping):
+            raise ConfigError(f"set_ranges got {type(ranges).__name__}; a mapping of layer names is needed")
         parsed = {}
         for name, given in ranges.items():
             layer = self._simulated_layer(name, "set_ranges")
@@ -426,13 +468,14 @@ class Simulation:
 
     def reset(self) -> None:
         """Set all counters back to zero."""
+        self._images = 0
         for layer in self.layers.values():
             layer.reset()
 
     @property
     def images(self) -> int:
-        """Images that went through the network since the last reset."""
-        return max((layer.images for layer in self.layers.values()), default=0)
+        """Images that went through the network since the last reset, as its first layer saw them."""
+        return self._images
 
     @property
     def cycles(self) -> int:
@@ -513,7 +556,7 @@ class Simulation:
             )
         }
         row |= layer_energy(layer, energy, memory)
-        if self.errors:
+        if self.errors or any(one.compared for one in self.layers.values()):
             row |= {"sqnr_db": layer.sqnr_db, "mse": layer.mse}
         row["reason"] = layer.reason or ("" if layer.images else NOT_REACHED)
         return row

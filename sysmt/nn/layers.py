@@ -19,7 +19,7 @@ from torch import nn
 from sysmt.config import ArrayConfig
 from sysmt.errors import CalibrationError, OperandError, UnsupportedLayerError
 from sysmt.hw.gemm import gemm_stats
-from sysmt.hw.kernels import PackedConv
+from sysmt.hw.kernels import PackedConv, fingerprint
 from sysmt.hw.reorder import order_from_wide_counts
 from sysmt.hw.stats import GemmStats
 from sysmt.nn.lowering import LayerGeometry, im2col
@@ -82,8 +82,7 @@ class HookedLayer:
         self.observer: RangeObserver | None = None
         self.captures: list[CapturedGemm] = []
         self._packed: dict[tuple[Any, ...], PackedConv] = {}
-        self._weight_seen: torch.Tensor | None = None
-        self._weight_key: tuple[Any, ...] = ()
+        self._weight_key: tuple[Any, ...] | None = None
         self._weight_q = np.empty(0, np.int8)
         self._weight_scales = np.empty(0, np.float32)
         self._warned_negative = False
@@ -102,6 +101,11 @@ class HookedLayer:
         self._outputs = 0
 
     @property
+    def compared(self) -> bool:
+        """Whether anything was compared with T = 1."""
+        return self._outputs > 0
+
+    @property
     def mse(self) -> float:
         """Mean squared difference to the same layer at T = 1; NaN before anything ran."""
         return self._noise_energy / self._outputs if self._outputs else float("nan")
@@ -117,7 +121,7 @@ class HookedLayer:
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """Run the layer: in float, observed, or on the array."""
-        self.simulation.note_execution(self)
+        self.simulation.note_execution(self, self._as_images(input).shape[0])
         if self.reason is not None:
             self._count_float(input)
             return self.original_forward(input)
@@ -128,6 +132,7 @@ class HookedLayer:
         return self._simulate(input)
 
     def _simulate(self, x: torch.Tensor) -> torch.Tensor:
+        self._refresh_geometry()
         if self.range is None:
             raise CalibrationError(
                 f"layer {self.name!r} has no activation range; call calibrate() with data that reaches it, "
@@ -136,18 +141,20 @@ class HookedLayer:
         images = self._as_images(x.detach())
         height, width = images.shape[2:]
         out_h, out_w = self.geometry.output_size(height, width)
-        if out_h < 1 or out_w < 1:
+        if isinstance(self.module, nn.Conv2d) and (out_h < 1 or out_w < 1):
             raise OperandError(
                 f"layer {self.name!r}: input of {height} x {width} is too small for its kernel"
             )
+        captures = self._due_captures(images)
         y = self._run(images, self.threads, count=True)
         if self.simulation.errors:
             exact = y if self.threads == 1 else self._run(images, 1, count=False)
             self._compare(y, exact)
-        self._fill_captures(images)
+        self._fill_captures(captures, images)
         result = self._from_images(y, x)
-        if torch.is_grad_enabled() and (x.requires_grad or self.module.weight.requires_grad):
-            result = _NoGradient.apply(result, x, self.module.weight, self.name)  # type: ignore[no-untyped-call]
+        wanting = [t for t in (x, self.module.weight, self.module.bias) if t is not None and t.requires_grad]
+        if torch.is_grad_enabled() and wanting:
+            result = _NoGradient.apply(result, self.name, *wanting)  # type: ignore[no-untyped-call]
         return result
 
     def _run(self, images: torch.Tensor, threads: int, count: bool) -> torch.Tensor:
@@ -156,7 +163,10 @@ class HookedLayer:
         packed = self._pack(threads)
         out_size = self.geometry.output_size(*images.shape[2:])
         y = torch.empty(
-            (images.shape[0], self.geometry.out_channels, *out_size), memory_format=_memory_format(images)
+            (images.shape[0], self.geometry.out_channels, *out_size),
+            dtype=torch.float32,
+            device="cpu",
+            memory_format=_memory_format(images),
         )
         bias = self.module.bias
         result = packed.forward(
@@ -207,21 +217,25 @@ class HookedLayer:
         self._noise_energy += float((y.double() - signal).square().sum())
         self._outputs += y.numel()
 
-    def _fill_captures(self, images: torch.Tensor) -> None:
-        if not self.captures:
-            return
-        operands = self.gemm_operands(images)
-        for capture in self.captures:
-            a, b = operands
-            if capture.image >= a.shape[1]:
+    def _due_captures(self, images: torch.Tensor) -> list[CapturedGemm]:
+        """Take the captures that wait for this forward; raise if one asks for an image it does not have."""
+        due, self.captures = self.captures, []
+        for capture in due:
+            if capture.image >= images.shape[0]:
                 raise OperandError(
-                    f"capture of layer {self.name!r}: image {capture.image} of a batch of {a.shape[1]}"
+                    f"capture of layer {self.name!r}: image {capture.image} of a batch of {images.shape[0]}"
                 )
+        return due
+
+    def _fill_captures(self, captures: list[CapturedGemm], images: torch.Tensor) -> None:
+        if not captures:
+            return
+        a, b = self.gemm_operands(images)
+        orders = self.orders(self.threads)
+        for capture in captures:
             capture.config = self.simulation.config.replace(threads=self.threads)
             capture.a_mk, capture.b_kn = a[capture.group, capture.image], b[capture.group]
-            orders = self.orders(self.threads)
             capture.order = None if orders is None else orders[capture.group]
-        self.captures = []
 
     def gemm_operands(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Quantise and lower a batch: activations (groups, B, M, K) and weights (groups, K, N / groups)."""
@@ -243,7 +257,7 @@ class HookedLayer:
     def forget_packed(self) -> None:
         """Quantise and pack the weights anew at the next forward."""
         self._packed.clear()
-        self._weight_seen = None
+        self._weight_key = None
 
     def _pack(self, threads: int) -> PackedConv:
         assert self.range is not None
@@ -265,11 +279,11 @@ class HookedLayer:
 
     def _refresh_weights(self) -> None:
         """Quantise the weights again if they changed since the last forward."""
-        weight = self.module.weight.detach() if self.module.weight.is_inference() else self.module.weight
+        weight = self.module.weight.detach()
         key = _content_key(weight)
-        if weight is self._weight_seen and key == self._weight_key:
+        if key == self._weight_key:
             return
-        values = weight.detach().numpy()
+        values = weight.numpy()
         if not np.isfinite(values).all():
             raise UnsupportedLayerError(f"layer {self.name!r} has NaN or infinite weights")
         scales = weight_scales(values, per_channel=self.simulation.per_channel)
@@ -279,7 +293,18 @@ class HookedLayer:
         if not np.array_equal(weight_q, self._weight_q):
             self._packed.clear()
         self._weight_q, self._weight_scales = weight_q, scales
-        self._weight_seen, self._weight_key = weight, key
+        self._weight_key = key
+
+    def _refresh_geometry(self) -> None:
+        """Follow a stride or padding that was changed since the last forward."""
+        geometry = LayerGeometry.of(self.module)
+        if geometry != self.geometry:
+            self.geometry = geometry
+            self.forget_packed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is packed: copies and pickles of the network pack their weights anew."""
+        return self.__dict__ | {"_packed": {}, "_weight_key": None}
 
     def _check_input(self, x: torch.Tensor) -> None:
         for what, tensor in (("input", x), ("weight", self.module.weight)):
@@ -313,17 +338,10 @@ class HookedLayer:
 
 
 def _content_key(weight: torch.Tensor) -> tuple[Any, ...]:
-    """Cheap evidence that a weight tensor still holds what it held.
-
-    Autograd's version counter sees every in-place change but those made through ``.data``; a sample
-    of the values sees nearly all of these.
-    """
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    values = weight.detach()
-    flat = values.as_strided((values.numel(),), (1,)) if dense and values.numel() else values.flatten()
-    sample = flat[:: max(1, flat.numel() // 512)].numpy().tobytes()
-    version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, sample
+    """Tell weights apart by content, which sees every change, also those made through ``.data``."""
+    last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    dense = weight.permute(0, 2, 3, 1) if last else weight.contiguous()
+    return fingerprint(dense.numpy()), weight.shape, last
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -336,9 +354,10 @@ class _NoGradient(torch.autograd.Function):
     """Passes values on, and says loudly that no gradient comes back from the array."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
+    def forward(ctx: Any, y: torch.Tensor, name: str, *wanting: torch.Tensor) -> torch.Tensor:
         ctx.layer_name = name
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # not a view of it, which a following in-place ReLU could not change
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

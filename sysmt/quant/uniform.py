@@ -53,7 +53,10 @@ class ActivationRange:
     signed: bool = False
 
     def __post_init__(self) -> None:
-        scale = np.float32(self.scale)
+        try:
+            scale = np.float32(self.scale)
+        except (TypeError, ValueError):
+            raise ConfigError(f"activation scale {self.scale!r} is no number") from None
         if not (np.isfinite(scale) and scale > 0 and np.isfinite(inverse_scale(scale))):
             raise ConfigError(
                 f"activation scale {self.scale!r} is not a positive finite float32 with a finite inverse"
@@ -136,8 +139,8 @@ def weight_scales(weight: npt.ArrayLike, per_channel: bool = True) -> Float32Arr
     -------
     ndarray (N,), float32
     """
-    magnitudes = np.abs(np.asarray(weight, np.float32)).reshape(np.shape(weight)[0], -1)
-    maxima = magnitudes.max(axis=1, initial=0.0)
+    w = np.asarray(weight, np.float32)
+    maxima = np.abs(w).max(axis=tuple(range(1, w.ndim)), initial=0.0)
     if not per_channel:
         maxima = np.full_like(maxima, maxima.max(initial=0.0))
     return _usable((maxima.astype(np.float64) / WEIGHT_LIMIT).astype(np.float32))

@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli_w
 
-from sysmt.config import parse_count, parse_threads
+from sysmt.config import THREAD_COUNTS, parse_count, parse_threads
 from sysmt.errors import CalibrationError, ConfigError
 from sysmt.files import written_whole
 from sysmt.nn.calibration import evaluation_mode, image_batches
@@ -105,6 +105,8 @@ def throttle(sim: Simulation, layers: int, to_threads: int = 1) -> dict[str, int
     """
     layers = parse_count(layers, "layers", minimum=0)
     to_threads = parse_threads(to_threads, "to_threads")
+    if to_threads == max(THREAD_COUNTS):
+        raise ConfigError(f"to_threads={to_threads} lowers nothing; layers are lowered to 1 or 2")
     measured = {
         layer.name: layer.mse
         for layer in sim.simulated()
