@@ -82,7 +82,6 @@ def pruning_collisions(
         True: _parse(schedule, "schedule") if epochs != 0 else (),
     }
     settings = {
-        "sparsities": list(plan[False]),
         "schedule": list(plan[True]),
         "epochs": "auto" if epochs is None else epochs,
         "lr": lr,
@@ -98,6 +97,9 @@ def pruning_collisions(
                     study.measure(False, sparsity)
                 study.retrain(plan[True], epochs, lr)
         points = ledger.points()
+        # The directory may hold other sparsities from before, and not all points of them.
+        asked = [(flag, sparsity) for flag, shares in plan.items() for sparsity in shares]
+        points = points[[pair in asked for pair in zip(points["retrained"], points["sparsity"], strict=True)]]
         layout = "\n".join(layout_of(points, network.name) for network in networks)
         ledger.write_text("pruning_collisions.md", layout)
         for index, network in enumerate(networks):

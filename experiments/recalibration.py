@@ -8,7 +8,7 @@ batch alone (``final``, as "Final Sample Batch Normalization" does).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,13 +50,14 @@ def recalibration(
     """Measure accuracy against the number of recalibration images, for ema, cumulative and final."""
     networks = experiment.workloads(chosen, preset, quick, SHARED)
     wanted = _parse(counts) if counts else QUICK_COUNTS if quick else COUNTS
-    settings = {"seeds": seeds, "counts": list(wanted)}
-    with experiment.open_ledger("recalibration", networks, KEYS, out, preset, quick, **settings) as ledger:
+    with experiment.open_ledger("recalibration", networks, KEYS, out, preset, quick) as ledger:
         points_each = seeds * 2 * (1 + len(wanted) * len(RECALIBRATION_MODES)) + 1
+        tables = []
         with progress_bar("recalibration", len(networks) * points_each, "points") as bar:
             for network in networks:
-                measure(network, wanted, seeds, ledger, bar)
-        table = summarise(ledger, [network.name for network in networks])
+                points = measure(network, wanted, seeds, ledger, bar)
+                tables.append(summarise(ledger, points))
+        table = pd.concat(tables, ignore_index=True)
         ledger.write("recalibration.csv", table)
         layout = "\n".join(layout_of(table, network.name) for network in networks)
         ledger.write_text("recalibration.md", layout)
@@ -89,8 +90,10 @@ def points_of(network: str, counts: Sequence[int], seeds: int) -> list[dict[str,
     return points
 
 
-def measure(network: Workload, counts: Sequence[int], seeds: int, ledger: Ledger, bar: Bar) -> None:
-    """Measure what is missing of one network."""
+def measure(
+    network: Workload, counts: Sequence[int], seeds: int, ledger: Ledger, bar: Bar
+) -> list[dict[str, Any]]:
+    """Measure what is missing of one network, and return the keys of all its points."""
     subject = network.open(ledger)
     # More images than there are would be measured again and again.
     available = subject.data.images("train")
@@ -117,16 +120,17 @@ def measure(network: Workload, counts: Sequence[int], seeds: int, ledger: Ledger
                         evaluation = subject.evaluate(what)
                 ledger.add(point | evaluation.to_record(), evaluation.correct)
                 bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
+    return points
 
 
-def summarise(ledger: Ledger, networks: Sequence[str]) -> pd.DataFrame:
+def summarise(ledger: Ledger, points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Join the seeds: a row per network, threads, mode and number of images.
 
     Parameters
     ----------
     ledger : Ledger
-    networks : sequence of str
-        Those whose points are complete; the ledger may hold some of others.
+    points : sequence of mapping
+        The keys of finished points; the ledger may hold others.
 
     Returns
     -------
@@ -135,8 +139,8 @@ def summarise(ledger: Ledger, networks: Sequence[str]) -> pd.DataFrame:
         paired by image, each image counting with its mean over the seeds.
     """
     rows = []
-    points = ledger.points()
-    for key, group in points[points["network"].isin(networks)].groupby(list(KEYS[:-1]), sort=False):
+    chosen = ledger.points().merge(pd.DataFrame(points), on=list(KEYS))
+    for key, group in chosen.groupby(list(KEYS[:-1]), sort=False):
         reference = ledger.correct(network=key[0], threads=0, mode=NONE, recalibration_images=0, seed=0)
         keys = group[list(KEYS)].to_dict("records")
         hits = np.mean([ledger.correct(**one) for one in keys], axis=0, dtype=np.float64)

@@ -48,14 +48,12 @@ def table1(
 ) -> None:
     """Reproduce Table 1: networks down, FP32, A8W8, 2T and 4T without and with recalibration across."""
     networks = experiment.workloads(chosen, preset, quick, SHARED, recalibration_images=4096)
-    with experiment.open_ledger(
-        "table1", networks, KEYS, out, preset, quick, seeds=seeds, mode=mode
-    ) as ledger:
+    with experiment.open_ledger("table1", networks, KEYS, out, preset, quick, mode=mode) as ledger:
         total = len(networks) * len(list(points_of("", seeds)))
         with progress_bar("table 1", total, "points") as bar:
             for network in networks:
                 measure(network, seeds, mode, ledger, bar)
-        table = summarise(ledger, [network.name for network in networks])
+        table = summarise(ledger, [network.name for network in networks], seeds)
         ledger.write("table1.csv", table)
         layout = paper_layout(table)
         ledger.write_text("table1.md", layout)
@@ -148,14 +146,15 @@ class _Measurer:
 # -- the table ---------------------------------------------------------------------------------
 
 
-def summarise(ledger: Ledger, networks: Sequence[str]) -> pd.DataFrame:
+def summarise(ledger: Ledger, networks: Sequence[str], seeds: int) -> pd.DataFrame:
     """Join the seeds: a row per network, setting and recalibration.
 
     Parameters
     ----------
     ledger : Ledger
     networks : sequence of str
-        Those whose points are complete; the ledger may hold some of others.
+    seeds : int
+        Their points up to this seed are complete; the ledger may hold some of others.
 
     Returns
     -------
@@ -165,7 +164,7 @@ def summarise(ledger: Ledger, networks: Sequence[str]) -> pd.DataFrame:
         its mean over the seeds; ``gain`` of recalibration with ``gain_se``, likewise.
     """
     points = ledger.points()
-    points = points[points["network"].isin(networks)]
+    points = points[points["network"].isin(networks) & (points["seed"] < seeds)]
     rows = []
     for (network, setting, recalibrated), group in points.groupby(list(KEYS[:3]), sort=False):
         base = {"network": network, "setting": setting, "recalibrated": False}

@@ -175,12 +175,26 @@ def test_another_configuration_is_refused(weights, tmp_path):
     for changed, what in (
         ([*small(weights, tmp_path, images=11), *options], "images = 10, now it is 11"),
         (["--weights", weights, "--data", "digits", "--out", tmp_path, *options], "images = 10"),
-        ([*small(weights, tmp_path, images=10), "--seeds", 2, "--recalibration-images", 64], "seeds = 1"),
         ([*small(weights, tmp_path, images=10), *options, "--mode", "final"], "mode = 'ema'"),
     ):
         with pytest.raises(OutputError, match=what):
             run(table1, *changed)
     assert (tmp_path / "config.toml").read_text() == before
+
+
+def test_more_seeds_add_to_what_is_there(weights, tmp_path):
+    options = [*small(weights, tmp_path, images=10), "--recalibration-images", 64]
+    one = run(table1, *options, "--seeds", 1)
+    first = pd.read_csv(tmp_path / "points.csv")
+    run(table1, *options, "--seeds", 2)
+    points = pd.read_csv(tmp_path / "points.csv")
+    pd.testing.assert_frame_equal(points[: len(first)], first)  # times included: not measured again
+    table = pd.read_csv(tmp_path / "table1.csv").set_index(["setting", "recalibrated"])
+    assert table.loc[("4T", True), "seeds"] == 2
+    rows = points[(points["setting"] == "4T") & points["recalibrated"]]
+    assert table.loc[("4T", True), "top1"] == pytest.approx(rows["top1"].mean())
+    again = run(table1, *options, "--seeds", 1)
+    assert again.splitlines()[:-1] == one.splitlines()[:-1]  # the last line counts points and seconds
 
 
 def test_other_weights_of_the_same_name_are_refused(tmp_path):
