@@ -226,12 +226,11 @@ def _cell(row: pd.Series, is_reference: bool) -> str:
 
 def _notes(table: pd.DataFrame) -> str:
     """Say what the numbers are, and what stands in no cell: seeds' spread, gains, the layers of †."""
-    counts = table.groupby("network", sort=False)["images"].first()
-    seeds = int(table["seeds"].max())
+    counts = table.groupby("network", sort=False)[["images", "seeds"]].max()
     lines = [
         "w/o, w/: without and with BatchNorm recalibration. In brackets: difference to FP32 w/o in points ±",
-        f"one standard error, paired by image; means over {seeds} calibration seeds. Test images: "
-        + "; ".join(f"{name}: {count:,}" for name, count in counts.items())
+        "one standard error, paired by image. Test images and calibration seeds: "
+        + "; ".join(f"{row.Index}: {row.images:,} and {row.seeds}" for row in counts.itertuples())
         + ".",
         "",
     ]
