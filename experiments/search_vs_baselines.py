@@ -2,8 +2,9 @@
 
 Seed 003 leaves open "which layers are best to decelerate, and how much". Every method gets the same
 number of points on the same images, several times with other calibration images, draws and
-refinements; what counts is the hypervolume of speedup and accuracy, and how many of the random
-points the searched front matches or beats.
+refinements. Half of the test images, others in each repetition, are held out: a method picks its front
+by the accuracy on the first half, and what counts is the hypervolume of the picked points' speedup
+and their accuracy on the second.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sysmt.cli.app import say
 from sysmt.cli.options import takes
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.assign import write_threads_map
-from sysmt.study.front import Reference, hypervolume_curve, share_covered
+from sysmt.study.front import Reference, held_out_hypervolume, hypervolume, share_covered
 from sysmt.study.plots_study import plot_accuracy_speedup, plot_hypervolume, plot_sensitivities, plot_threads
 from sysmt.study.results import provenance
 from sysmt.study.search import BASELINES, SEARCH, SearchConfig, choose, front_table, run_baselines, run_search
@@ -30,7 +31,7 @@ from sysmt.study.store import LAYER, Point, Store
 from sysmt.study.sweep import Bench, uniform
 from sysmt.study.worker import Worker
 
-SHARED = ("resnet20", "resnet32")
+SHARED = ("resnet20", "resnet32", "resnet20-jpeg")
 TARGET_SPEEDUP = 3.0
 
 
@@ -48,6 +49,9 @@ def search_vs_baselines(
     below: Annotated[
         float, typer.Option(help="Lower edge of the hypervolume: points below float accuracy.")
     ] = 2.0,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the test images that pick no points, but judge them.")
+    ] = 0.5,
 ) -> None:
     """Compare the search's hypervolume with random, greedy and uniform thread maps; find a 3x network."""
     networks = experiment.workloads(chosen, preset, quick, SHARED)
@@ -68,7 +72,7 @@ def search_vs_baselines(
                     recalibrate=recalibrate,
                     seed=seed,
                 )
-                runs.append(compare(network, config, path, bar))
+                runs.append(compare(network, config, held_out, path, bar))
             curve, text = hypervolumes(network, runs, below / 100)
             curves.append(curve)
             found = target_networks(network, runs, path)
@@ -93,9 +97,9 @@ class Run:
     sensitivities: pd.DataFrame
 
 
-def compare(network: Workload, config: SearchConfig, path: Path, bar: Bar) -> Run:
+def compare(network: Workload, config: SearchConfig, held_out: float, path: Path, bar: Bar) -> Run:
     """Let every method evaluate its points, in one study for each seed."""
-    bench = Bench(dataclasses.replace(network.config, seed=config.seed))
+    bench = Bench(dataclasses.replace(network.config, seed=config.seed), held_out)
     name = f"{network.config.model}, seed {config.seed}, recalibrate {config.recalibrate}"
     store = Store(path / "study.db", name, facts=bench.facts(), layers=bench.layers)
 
@@ -112,50 +116,60 @@ def compare(network: Workload, config: SearchConfig, path: Path, bar: Bar) -> Ru
 
 def hypervolumes(network: Workload, runs: list[Run], below: float) -> tuple[pd.DataFrame, str]:
     """Return hypervolume by number of evaluations, and the table of its final values."""
-    rows, cells = [], []
+    rows = []
     for run in runs:
-        best = run.bench.float_top1
-        reference = Reference(1.0, best - below, 4.0, best)
         for method, table in run.points.items():
-            curve = hypervolume_curve(table["speedup"], table["top1"], reference)
-            rows += [
-                {"network": network.name, "method": method, "seed": run.config.seed, "evaluations": number}
-                | {"hypervolume": float(value)}
-                for number, value in enumerate(curve, 1)
-            ]
+            for number in range(1, len(table) + 1):
+                about = {"network": network.name, "method": method, "seed": run.config.seed}
+                rows.append(about | {"evaluations": number} | volumes(run.bench, table[:number], below))
     curve = pd.DataFrame(rows)
-    last = curve.groupby(["method", "seed"])["hypervolume"].last()
+    last = curve.groupby(["method", "seed"])[["hypervolume", "seen_hypervolume"]].last()
+    cells = []
     for method in (SEARCH, *BASELINES):
-        front = [front_table(run.points[SEARCH]) for run in runs]
-        covered = [
-            share_covered(
-                one["speedup"], one["top1"], run.points[method]["speedup"], run.points[method]["top1"]
-            )
-            for one, run in zip(front, runs, strict=True)
-        ]
-        values = last[method]
+        values, seen = (last.loc[method][name] for name in ("hypervolume", "seen_hypervolume"))
         cells.append(
             [
                 method,
                 f"{len(runs[0].points[method])}",
                 f"{values.mean():.3f}",
                 " ".join(f"{value:.3f}" for value in values),
-                "-" if method == SEARCH else " ".join(percent(share, 0) for share in covered),
+                " ".join(f"{value:.3f}" for value in seen),
+                "-" if method == SEARCH else " ".join(percent(covered(run, method), 0) for run in runs),
             ]
         )
-    header = ["method", "points", "hypervolume", "by seed", "% of its points matched or beaten by the search"]
+    header = ["method", "points", "held out", "by seed", "images that picked", "% matched or beaten"]
     title = (
         f"{network.name}: hypervolume from 1x and {100 * below:.0f} points below float "
-        f"(1 = 4x at float accuracy), recalibration: {runs[0].config.recalibrate}\n\n"
+        f"(1 = 4x at float accuracy), recalibration: {runs[0].config.recalibrate}; last, the share of a "
+        "method's points that the searched front matches or beats, on the images that picked it\n\n"
     )
     return curve, title + markdown(header, cells)
 
 
+def volumes(bench: Bench, points: pd.DataFrame, below: float) -> dict[str, float]:
+    """Return the hypervolume of points on the images that were held out, and on those that picked them."""
+    seen = Reference(1.0, bench.float_top1 - below, 4.0, bench.float_top1)
+    best = {"seen_hypervolume": hypervolume(points["speedup"], points["top1"], seen)}
+    if not bench.held_out:
+        return {"hypervolume": best["seen_hypervolume"]} | best
+    judge = Reference(1.0, bench.float_held_out_top1 - below, 4.0, bench.float_held_out_top1)
+    judged = held_out_hypervolume(points["speedup"], points["top1"], points["held_out_top1"], judge)
+    return {"hypervolume": judged} | best
+
+
+def covered(run: Run, method: str) -> float:
+    """Return the share of a method's points that the searched front matches or beats."""
+    front, points = front_table(run.points[SEARCH]), run.points[method]
+    return share_covered(front["speedup"], front["top1"], points["speedup"], points["top1"])
+
+
 def target_networks(network: Workload, runs: list[Run], path: Path) -> pd.DataFrame:
-    """Pick each seed's best network at 3x; measure it and the uniform ones with recalibration as well."""
+    """Pick each seed's best network at 3x; measure it and the uniform ones with recalibration as well.
+
+    Accuracies are those of the images that did not pick.
+    """
     rows = []
     for run in runs:
-        points = pd.concat([run.points[SEARCH], run.points["uniform"]])
         best = choose(run.points[SEARCH], target_speedup=TARGET_SPEEDUP)
         picked = {name: int(best[f"{LAYER}{name}"]) for name in run.bench.layers}
         write_threads_map(path / f"threads-{network.config.model}-3x-{run.config.seed}.toml", picked)
@@ -173,15 +187,18 @@ def target_networks(network: Workload, runs: list[Run], path: Path) -> pd.DataFr
             for name, point in wanted.items():
                 measured = run.store.measured(point)
                 assert measured is not None
-                keep = ("speedup", "speedup_cycles", "top1", "top1_difference", "top1_difference_se", "loss")
+                kind = "held_out" if run.bench.held_out else "top1"
+                top1 = "held_out_top1" if run.bench.held_out else "top1"
+                kept = {"speedup": "speedup", "speedup_cycles": "speedup_cycles", "loss": "loss"}
+                kept |= {"top1": top1, "top1_difference": f"{kind}_difference"}
+                kept |= {"top1_difference_se": f"{kind}_difference_se"}
                 about = {
                     "network": network.name,
                     "seed": run.config.seed,
                     "setting": name,
                     "recalibrate": mode,
                 }
-                rows.append(about | {key: measured[key] for key in keep})
-        del points
+                rows.append(about | {name: measured[key] for name, key in kept.items()})
     return pd.DataFrame(rows)
 
 

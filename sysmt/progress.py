@@ -6,7 +6,8 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Bar", "progress_bar"]
+__all__ = ["Bar", "Counted", "progress_bar"]
 
 FIRST_LINE_S = 10.0
 """Seconds before the first line where there is no terminal; shorter work prints nothing."""
@@ -45,6 +46,25 @@ class Bar:
     def advance(self, amount: float = 1.0, note: str = "") -> None:
         """Report `amount` more units done; `note` is a short text to show with it."""
         self.done += amount
+
+
+class Counted:
+    """Batches that move a bar by their length; they can be iterated as often as what is inside.
+
+    Parameters
+    ----------
+    batches : iterable of tuples
+        Such as a loader's (inputs, labels).
+    bar : Bar
+    """
+
+    def __init__(self, batches: Iterable[Any], bar: Bar) -> None:
+        self._batches, self._bar = batches, bar
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            yield batch
+            self._bar.advance(len(batch[0]))
 
 
 class _Line(Bar):

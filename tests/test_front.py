@@ -9,6 +9,7 @@ from sysmt.errors import ConfigError
 from sysmt.study.front import (
     Reference,
     accuracy_at,
+    held_out_hypervolume,
     hypervolume,
     hypervolume_curve,
     pareto_front,
@@ -61,6 +62,22 @@ def test_hypervolume_by_hand():
     assert hypervolume([0.5, 4.0], [0.99, 0.89], reference) == 0.0
     assert hypervolume([], [], reference) == 0.0
     assert hypervolume([4.0], [0.93], reference) == pytest.approx(1.5)
+
+
+def test_held_out_hypervolume_by_hand():
+    reference = Reference(1.0, 0.90, 4.0, 0.92)
+    speedup, seen = [4.0, 2.5, 2.5, 1.5], [0.91, 0.92, 0.915, 0.90]
+    # 2.5x to 4x at 0.905 (picked by 0.91), 1x to 2.5x at 0.91 (picked by 0.92); the others are not picked.
+    judged = held_out_hypervolume(speedup, seen, [0.905, 0.91, 0.95, 0.99], reference)
+    assert judged == pytest.approx((1.5 * 0.005 + 1.5 * 0.01) / (3 * 0.02))
+    assert held_out_hypervolume([4.0], [0.92], [0.80], reference) == 0.0
+    assert held_out_hypervolume([0.5, 4.0], [0.99, 0.92], [0.99, 0.91], reference) == pytest.approx(0.5)
+
+
+@given(points)
+def test_held_out_hypervolume_without_luck_is_the_hypervolume(columns):
+    held_out = held_out_hypervolume(*columns, columns[1], SQUARE)
+    assert held_out == pytest.approx(hypervolume(*columns, SQUARE), abs=1e-12)
 
 
 def test_accuracy_at_a_speedup_is_the_best_of_the_faster_points():

@@ -147,6 +147,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 def test_a_search_from_nothing_to_a_thread_map_that_run_takes(in_tmp):
     line = ("search", *workload(in_tmp), "--evaluations", "8", "--seeds", "6", "--sensitivity-images", "16")
+    line = (*line, "--held-out", "0")
     result = invoke(*line, "--target-speedup", "2.5", "--out", "out", "--baselines")
     assert result.exit_code == 0, result.output
     points = pd.read_csv("out/points.csv")
@@ -192,12 +193,28 @@ def test_a_search_from_nothing_to_a_thread_map_that_run_takes(in_tmp):
     assert tomllib.loads(Path("out/config.toml").read_text())["study"]["kind"] == "search"
 
 
+def test_the_picked_map_is_judged_by_images_that_did_not_pick_it(in_tmp):
+    line = ("search", *workload(in_tmp), "--evaluations", "4", "--seeds", "4", "--sensitivity-images", "16")
+    result = invoke(*line, "--target-speedup", "2", "--out", "out", "--no-plots")
+    assert result.exit_code == 0, result.output
+    points = pd.read_csv("out/points.csv")
+    chosen = choose(Store("out").table("search"), target_speedup=2)
+    assert f"top-1 {100 * chosen['held_out_top1']:.2f} %" in result.stdout
+    assert "on the images held out" in result.stdout
+    assert not points["held_out_top1"].equals(points["top1"])
+    assert Store("out").facts["held_out"] == 0.5
+    joined = invoke("sweep", "--join", "out")
+    assert joined.exit_code == 0, joined.output
+    assert_one_error_line(invoke(*line, "--out", "out", "--held-out", "0.25"), "held_out=0.5, not 0.25")
+
+
 def test_wrong_options_end_in_one_line(in_tmp):
     line = ("search", *workload(in_tmp))
     both = invoke(*line, "--target-speedup", "3", "--max-drop", "1")
     assert_one_error_line(both, "not by both")
     assert_one_error_line(invoke(*line, "--recalibrate", "emma"), "recalibrate='emma'")
     assert_one_error_line(invoke(*line, "--evaluations", "0"), "evaluations=0")
+    assert_one_error_line(invoke(*line, "--held-out", "1"), "held_out=1.0")
     assert_one_error_line(invoke(*line, "--sensitivity-images", "-1"), "sensitivity_images=-1")
     assert not Path("results").exists()
 

@@ -1,5 +1,6 @@
 """Lists of points, the bench that measures them, and `sysmt sweep` from the command line."""
 
+import math
 import os
 import signal
 import subprocess
@@ -120,6 +121,28 @@ def test_the_bench_measures_what_a_run_measures(in_tmp):
         row = summary.loc[f"{threads}T" + (" recalibrated" if mode == "ema" else "")]
         for key in ("top1", "top5", "loss", "top1_difference", "speedup", "cycles", "collision_rate"):
             assert measured[key] == row[key], key
+
+
+def test_held_out_images_and_the_others_are_all_images(in_tmp):
+    whole, part = Bench(config(in_tmp)), Bench(config(in_tmp), held_out=0.4)
+    point = Point(dict.fromkeys(whole.layers, 4))
+    all_images, measured = whole.measure(point), part.measure(point)
+    for name in ("top1", "float_top1", "top1_difference"):
+        assert f"held_out_{name}" not in all_images
+    hits = 12 * measured["top1"] + 8 * measured["held_out_top1"]
+    assert hits == pytest.approx(20 * all_images["top1"])
+    moved = 12 * measured["top1_difference"] + 8 * measured["held_out_difference"]
+    assert moved == pytest.approx(20 * all_images["top1_difference"])
+    assert 12 * part.float_top1 + 8 * part.float_held_out_top1 == pytest.approx(20 * whole.float_top1)
+    assert math.isnan(whole.float_held_out_top1)
+    assert part.measure(point) | {"seconds": 0} == measured | {"seconds": 0}  # the same images each time
+    assert part.facts() != whole.facts()
+
+
+@pytest.mark.parametrize("held_out", [1.0, -0.1, math.nan, 0.99])
+def test_an_impossible_share_of_held_out_images_is_refused(in_tmp, held_out):
+    with pytest.raises(ConfigError, match="held_out="):
+        Bench(config(in_tmp), held_out=held_out)
 
 
 def test_points_do_not_influence_each_other(in_tmp):

@@ -47,6 +47,12 @@ def search(
     sensitivity_images: Annotated[
         int, _search("Training images, unlabelled, for the layers' sensitivities.")
     ] = 256,
+    held_out: Annotated[
+        float,
+        _search(
+            "Share of the test images that pick no points: accuracy on them is free of the luck of picking."
+        ),
+    ] = 0.5,
     recalibrate: Annotated[
         str, _search("BatchNorm recalibration of every map: ema, cumulative, final or none.", metavar="MODE")
     ] = "ema",
@@ -101,7 +107,9 @@ def search(
         recalibrate=recalibrate,
         seed=config.seed,
     )
-    session = Session("search", config, out=out, storage=storage, study=study, overwrite=overwrite)
+    session = Session(
+        "search", config, out=out, storage=storage, study=study, overwrite=overwrite, held_out=held_out
+    )
     for note in session.bench.notes:
         say(note, "dim")
     try:
@@ -125,8 +133,11 @@ def say_choice(row: dict[str, Any], points: Any, path: Path) -> None:
 
 
 def _described(row: Any) -> str:
-    error = 100 * (row["top1_difference_se"] or 0)
+    kind = "held_out" if "held_out_top1" in row else "top1"
+    error = 100 * (row[f"{kind}_difference_se"] or 0)
+    top1 = row["held_out_top1" if kind == "held_out" else "top1"]
     return (
         f"{row['speedup']:.2f}x ({row['network_speedup_cycles']:.2f}x in the network's cycles), top-1 "
-        f"{100 * row['top1']:.2f} %, {100 * row['top1_difference']:+.2f} ± {error:.2f} points to float"
+        f"{100 * top1:.2f} %, {100 * row[f'{kind}_difference']:+.2f} ± {error:.2f} points to float"
+        + (" on the images held out" if kind == "held_out" else "")
     )

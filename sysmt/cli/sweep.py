@@ -176,9 +176,10 @@ def _say_failures(store: Any) -> None:
 
 def print_points(table: Any, most: int = 40) -> None:
     """Print the points of a study, fastest first."""
-    rows = []
+    rows, judged = [], "held_out_top1" in table
     for row in table.sort_values("speedup", ascending=False).head(most).to_dict("records"):
         threads = [int(value) for key, value in row.items() if key.startswith("threads of ")]
+        held_out = _points_to_float(row, "held_out") if judged else None
         rows.append(
             [
                 "/".join(f"{threads.count(count)}x{count}T" for count in (1, 2, 4) if count in threads),
@@ -188,13 +189,29 @@ def print_points(table: Any, most: int = 40) -> None:
                 f"{row['speedup']:.2f}x",
                 f"{row['network_speedup_cycles']:.2f}x",
                 f"{100 * row['top1']:.2f}",
-                f"{100 * row['top1_difference']:+.2f} ± {100 * (row['top1_difference_se'] or 0):.2f}",
+                _points_to_float(row, "top1"),
+                *([held_out] if held_out else []),
                 f"{100 * row['collision_rate']:.1f}",
             ]
         )
-    header = ["layers", "policy", "pruned\n%", "recalibrated", "speedup\n", "network\ncycles", "top-1\n%"]
+    header = [
+        "layers",
+        "policy",
+        "pruned\n%",
+        "recalibrated",
+        "speedup\n",
+        "network\ncycles",
+        "top-1\n%",
+        "vs float\npoints ± s.e.",
+    ]
     shown = f"{len(rows)} of {len(table)} points, fastest first" if len(rows) < len(table) else ""
-    print_table([*header, "vs float\npoints ± s.e.", "collisions\n%"], rows, caption=shown)
+    if judged:
+        header.append("held out\npoints ± s.e.")
+    print_table([*header, "collisions\n%"], rows, caption=shown)
+
+
+def _points_to_float(row: dict[str, Any], kind: str) -> str:
+    return f"{100 * row[f'{kind}_difference']:+.2f} ± {100 * (row[f'{kind}_difference_se'] or 0):.2f}"
 
 
 def _words(text: str) -> tuple[str, ...]:

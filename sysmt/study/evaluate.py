@@ -23,7 +23,7 @@ from sysmt.nn.frontend import Simulation, attach
 from sysmt.nn.models import build_model, load_model
 from sysmt.nn.pruning import prune_model
 from sysmt.nn.training import Evaluation, evaluate, trained_digits
-from sysmt.progress import Bar, progress_bar
+from sysmt.progress import Counted, progress_bar
 from sysmt.study.assign import measure_errors, throttle
 from sysmt.study.run_config import RANDOM_WEIGHTS, RunConfig, Setting
 
@@ -199,7 +199,7 @@ class Job:
         passes = 2 if config.reorder else 1
         with progress_bar("calibrating", passes * loader.images) as bar:
             self.sim.calibrate(
-                _Counted(loader, bar), loader.images, percentile=config.percentile, reorder=config.reorder
+                Counted(loader, bar), loader.images, percentile=config.percentile, reorder=config.reorder
             )
         few = ", all there are" if loader.images < config.calibration_images else ""
         self.notes.append(f"calibrated on {loader.images} training images{few}")
@@ -237,7 +237,7 @@ class Job:
         loader = self._training_loader(min(THROTTLE_IMAGES, self.config.calibration_images))
         before = self.sim.threads()
         with progress_bar(f"{setting.name}: layer errors", loader.images) as bar:
-            measure_errors(self.sim, _Counted(loader, bar), loader.images)
+            measure_errors(self.sim, Counted(loader, bar), loader.images)
         after = throttle(self.sim, setting.throttled, self.config.throttle_to)
         self._throttled[setting.threads] = after
         lowered = [name for name, count in after.items() if count < before[name]]
@@ -249,7 +249,7 @@ class Job:
         loader = self._training_loader(self.config.recalibration_images)
         with progress_bar(f"{what}: recalibrating", loader.images) as bar:
             recalibrate_batchnorm(
-                self.model, _Counted(loader, bar), self.config.recalibrate, images=loader.images
+                self.model, Counted(loader, bar), self.config.recalibrate, images=loader.images
             )
 
     def run(self) -> Iterator[Measurement]:
@@ -258,18 +258,6 @@ class Job:
         self.calibrate()
         for setting in self.settings():
             yield self.measure(setting)
-
-
-class _Counted:
-    """A loader that moves a progress bar; like the loader, it can be iterated again."""
-
-    def __init__(self, loader: Loader, bar: Bar) -> None:
-        self._loader, self._bar = loader, bar
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            yield batch
-            self._bar.advance(len(batch[0]))
 
 
 def open_workload(config: RunConfig) -> tuple[nn.Module, ImageData]:

@@ -9,7 +9,15 @@ from numpy.typing import ArrayLike
 
 from sysmt.errors import ConfigError
 
-__all__ = ["Reference", "accuracy_at", "hypervolume", "hypervolume_curve", "pareto_front", "share_covered"]
+__all__ = [
+    "Reference",
+    "accuracy_at",
+    "held_out_hypervolume",
+    "hypervolume",
+    "hypervolume_curve",
+    "pareto_front",
+    "share_covered",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +96,35 @@ def hypervolume_curve(speedup: ArrayLike, accuracy: ArrayLike, reference: Refere
     """Return the hypervolume after each point, in the order given: float64 (points,)."""
     x, y = _columns(speedup, accuracy)
     return np.array([hypervolume(x[:count], y[:count], reference) for count in range(1, x.size + 1)])
+
+
+def held_out_hypervolume(
+    speedup: ArrayLike, accuracy: ArrayLike, held_out_accuracy: ArrayLike, reference: Reference
+) -> float:
+    """Return the area under the points that one set of images picks, at their accuracy on others.
+
+    The largest of many noisy accuracies is too large. Here each speedup's point is picked by
+    `accuracy`, and counts with `held_out_accuracy`, whether another point would have been better or not.
+
+    Parameters
+    ----------
+    speedup, accuracy, held_out_accuracy : array_like (points,)
+    reference : Reference
+        Its accuracies are those of the held-out images.
+
+    Returns
+    -------
+    float
+        At least 0; equal to `hypervolume` if both accuracies are the same.
+    """
+    x, y = _columns(speedup, accuracy)
+    _, held_out = _columns(speedup, held_out_accuracy)
+    picked = np.flatnonzero(pareto_front(x, y))
+    picked = picked[np.argsort(x[picked])]
+    width = np.diff(np.maximum(x[picked], reference.speedup), prepend=reference.speedup)
+    height = np.maximum(held_out[picked] - reference.accuracy, 0)
+    rectangle = (reference.best_speedup - reference.speedup) * (reference.best_accuracy - reference.accuracy)
+    return float(np.sum(width * height) / rectangle)
 
 
 def accuracy_at(speedup: ArrayLike, accuracy: ArrayLike, wanted: ArrayLike) -> np.ndarray:

@@ -61,6 +61,8 @@ class Session:
         Its name there; by default the kind and the model.
     overwrite : bool
         Start anew in a directory that has results.
+    held_out : float
+        See `Bench`.
 
     Attributes
     ----------
@@ -85,6 +87,7 @@ class Session:
         storage: str | None = None,
         study: str | None = None,
         overwrite: bool = False,
+        held_out: float = 0.0,
     ) -> None:
         self.kind, self.config = kind, config
         self.goes_on = out is not None and not overwrite and _is_kind(out, kind)
@@ -95,7 +98,7 @@ class Session:
             stale=() if self.goes_on else FILES,
         )
         try:
-            self.bench = Bench(config)
+            self.bench = Bench(config, held_out)
             self.store = Store(
                 storage or self.directory.path / "study.db",
                 study or f"{kind} {config.model}",
@@ -250,7 +253,8 @@ def join(storage: str, study: str | None, chosen: Mapping[str, Any], on_point: O
     store = Store(storage, study)
     if "config" not in store.notes:
         raise ConfigError(f"study {store.name!r} was not made by `sysmt sweep` or `sysmt search`")
-    bench = Bench(RunConfig.from_record(store.notes["config"] | chosen, f"study {store.name!r}"))
+    config = RunConfig.from_record(store.notes["config"] | chosen, f"study {store.name!r}")
+    bench = Bench(config, store.facts.get("held_out", 0.0))
     store = Store(storage, store.name, facts=bench.facts(), layers=bench.layers)
     return Worker(store, bench.measure, bench.config.seed + os.getpid()).work(on_point)
 

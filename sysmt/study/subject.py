@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from sysmt.nn.batchnorm import (
     RecalibrationReport,
     load_statistics,
@@ -17,7 +15,7 @@ from sysmt.nn.checkpoints import weights_hash
 from sysmt.nn.data import Loader
 from sysmt.nn.frontend import Simulation, attach
 from sysmt.nn.training import Evaluation, evaluate
-from sysmt.progress import Bar, progress_bar
+from sysmt.progress import Counted, progress_bar
 from sysmt.study.evaluate import open_workload
 from sysmt.study.run_config import RunConfig
 
@@ -88,7 +86,7 @@ class Subject:
             loader = self.training_images(config.calibration_images, seed)
             with progress_bar("calibrating", loader.images * (2 if reorder else 1)) as bar:
                 sim.calibrate(
-                    _Watched(loader, bar), loader.images, percentile=config.percentile, reorder=reorder
+                    Counted(loader, bar), loader.images, percentile=config.percentile, reorder=reorder
                 )
             yield sim
 
@@ -118,15 +116,3 @@ class Subject:
             )
         finally:
             load_statistics(self.model, statistics)
-
-
-class _Watched:
-    """A loader that moves a progress bar, as often as it is iterated."""
-
-    def __init__(self, loader: Loader, bar: Bar) -> None:
-        self._loader, self._bar = loader, bar
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for inputs, labels in self._loader:
-            yield inputs, labels
-            self._bar.advance(len(labels))

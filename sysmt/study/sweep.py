@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import sysmt
@@ -38,6 +40,10 @@ class Bench:
     ----------
     config : RunConfig
         Its thread counts, policy, pruning and recalibration are the points' own matter.
+    held_out : float
+        Share of the test images, in [0, 1), drawn by the configuration's seed, that ``top1`` does not
+        see. A search picks points by ``top1``, and so by luck as well; accuracy on these images is
+        free of that.
 
     Attributes
     ----------
@@ -48,15 +54,19 @@ class Bench:
         What was decided or found on the way, for the user to see.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, held_out: float = 0.0) -> None:
+        if not 0 <= held_out < 1:
+            raise ConfigError(f"held_out={held_out} is out of range; it must be in [0, 1)")
         if config.calibration is not None:
             raise ConfigError("studies calibrate themselves, for each sparsity anew; leave out calibration")
         self.config = dataclasses.replace(
             config, threads_map=None, recalibrate=None, throttle=0, prune=None, errors=False
         )
         self.notes: list[str] = []
+        self.held_out = held_out
         self._sparsity = 0.0
         self._job, self._float = self._open(0.0)
+        self._seen()  # raises where one side would have no images
         self.notes += self._job.notes
         self.layers = list(self._job.sim.threads())
 
@@ -67,8 +77,23 @@ class Bench:
 
     @property
     def float_top1(self) -> float:
-        """Accuracy of the network off the array, as it was measured last, in [0, 1]."""
-        return self._float.evaluation.top1
+        """Accuracy of the network off the array, on the images of ``top1``, in [0, 1]."""
+        return float(self._float.evaluation.correct[self._seen()].mean())
+
+    @property
+    def float_held_out_top1(self) -> float:
+        """The same on the images that are held out; NaN if none are."""
+        correct = self._float.evaluation.correct[~self._seen()]
+        return float(correct.mean()) if correct.size else math.nan
+
+    def _seen(self) -> np.ndarray:
+        """Mark the test images that ``top1`` sees."""
+        images = self._float.evaluation.images
+        order = np.random.default_rng(self.config.seed).permutation(images)
+        kept_out = round(images * self.held_out)
+        if self.held_out and not 0 < kept_out < images:
+            raise ConfigError(f"held_out={self.held_out} of {images} test images leaves one side without any")
+        return order >= kept_out
 
     def _open(self, sparsity: float) -> tuple[Job, Measurement]:
         job = Job(dataclasses.replace(self.config, prune=sparsity or None))
@@ -89,6 +114,7 @@ class Bench:
         return record | {
             "weights_sha256": self._job.weights_sha256,
             "data_sha256": self._job.data.fingerprint(),
+            **({"held_out": self.held_out} if self.held_out else {}),
         }
 
     def measure(self, point: Point) -> dict[str, Any]:
@@ -99,8 +125,10 @@ class Bench:
         dict
             ``top1``, ``top5`` in [0, 1], ``loss`` in nats, ``images``; ``float_top1``;
             ``top1_difference`` to it, paired by image, and its standard error ``top1_difference_se``;
-            what `sysmt.study.evaluate.array_facts` gives; ``seconds`` of the evaluation; ``path`` of
-            the kernels.
+            with images held out, ``top1`` and what belongs to it is that of the others, and
+            ``held_out_top1``, ``held_out_difference`` and ``held_out_difference_se`` are theirs (``top5``,
+            ``loss`` and ``images`` are those of all together); what `sysmt.study.evaluate.array_facts`
+            gives; ``seconds`` of the evaluation; ``path`` of the kernels.
         """
         job = self.select(point.sparsity)
         if job.sim.config.policy != point.policy:
@@ -109,12 +137,25 @@ class Bench:
         job.config = dataclasses.replace(job.config, recalibrate=recalibrate)
         setting = Setting("point", 1, point.threads, recalibrate=recalibrate is not None)
         measured = job.measure(setting)
-        difference, error = paired_difference(measured.evaluation.correct, self._float.evaluation.correct)
-        return {
-            **measured.evaluation.to_record(),
-            "float_top1": self._float.evaluation.top1,
+        correct, reference = measured.evaluation.correct, self._float.evaluation.correct
+        seen = self._seen()
+        difference, error = paired_difference(correct[seen], reference[seen])
+        accuracies = {
+            "top1": float(correct[seen].mean()),
+            "float_top1": float(reference[seen].mean()),
             "top1_difference": difference,
             "top1_difference_se": error,
+        }
+        if self.held_out:
+            difference, error = paired_difference(correct[~seen], reference[~seen])
+            accuracies |= {
+                "held_out_top1": float(correct[~seen].mean()),
+                "held_out_difference": difference,
+                "held_out_difference_se": error,
+            }
+        return {
+            **measured.evaluation.to_record(),
+            **accuracies,
             **measured.facts,
             "path": sysmt.active_path(),
         }
