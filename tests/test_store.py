@@ -291,6 +291,24 @@ def test_a_search_samples_up_to_its_budget_and_holds_what_is_fixed(tmp_path):
     assert Worker(store, measure, seed=5).work() == 0
 
 
+def test_two_workers_refine_one_search(tmp_path):
+    layers = [f"l{i}" for i in range(8)]
+    store = make(tmp_path, layers=layers)
+    seeds = [Point({name: (4 if i % 4 == s else 2) for i, name in enumerate(layers)}) for s in range(4)]
+    store.enqueue(seeds, "search")
+    store.plan_search(16, population=4, fixed=seeds[0], method="search")
+    log = tmp_path / "log"
+    workers = [start_worker(tmp_path / "study.db", log, 0.2, seed) for seed in (1, 2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    found = store.table("search")
+    assert len(found) in (16, 17)  # at the last point both may be at work
+    assert set(found["point"][:4]) == {point.key for point in seeds}
+    ended = [key for _, _, key in lines(log, "end")]
+    assert len(ended) <= len(set(ended)) + 1  # two may breed the same child at once, rarely
+    assert len({pid for _, pid, _ in lines(log, "end")}) == 2
+    assert store.counts()["running"] == store.counts()["waiting"] == 0
+
+
 def test_a_search_breeds_from_points_that_were_finished_before(tmp_path):
     store = make(tmp_path, layers=[f"l{i}" for i in range(12)])
     seeds = [Point({name: (4 if name == f"l{i}" else 2) for name in store.layers}) for i in range(4)]
