@@ -12,6 +12,7 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "DataError",
+    "DivergedError",
     "OperandError",
     "OutputError",
     "PathError",
@@ -47,6 +48,10 @@ class CalibrationError(SysmtError, RuntimeError):
 
 class DataError(SysmtError, RuntimeError):
     """Images or labels that are missing, unreadable or of the wrong form."""
+
+
+class DivergedError(ConfigError):
+    """A training whose loss stopped being a number: the learning rate, or the network, is too wild."""
 
 
 class WeightsError(SysmtError, RuntimeError):

@@ -1,5 +1,7 @@
 """`sysmt run` as a user meets it: results, repeatability, wrong inputs, and what an early end keeps."""
 
+import importlib.resources
+import re
 import tomllib
 from pathlib import Path
 
@@ -162,6 +164,25 @@ def test_throttling_lowers_the_layers_with_the_highest_error(in_tmp):
         f"4T throttled 2: {', '.join(reversed(lowered))} at 2T" in result.stderr.replace("\n", " ")
     )
     assert 2 < summary_of("r").loc["4T throttled 2", "speedup"] < 4
+
+
+def test_a_run_prices_its_events_by_the_table_that_is_named(in_tmp):
+    line = ("run", *workload(in_tmp), "--threads", "2", "--no-plots")
+    assert invoke(*line, "--energy", "sysmt-rtl", "--out", "named").exit_code == 0
+    assert invoke(*line, "--out", "default").exit_code == 0
+    named, default = (pd.read_csv(f"{name}/summary.csv").iloc[1] for name in ("named", "default"))
+    assert "energy_relative_per_image" in named
+    assert "energy_pj_per_image" in default
+    assert "energy_relative" in pd.read_csv("named/layers.csv")
+    table = Path("mine.toml")
+    own = importlib.resources.files("sysmt.hw").joinpath("energy_45nm.toml").read_text()
+    table.write_text(re.sub(r"(?m)^(dram_byte = )([\d.]+)", r"\g<1>0", own))
+    assert invoke(*line, "--energy", table, "--out", "mine").exit_code == 0
+    assert pd.read_csv("mine/summary.csv").iloc[1]["energy_pj_per_image"] < default["energy_pj_per_image"]
+    again = invoke("run", "--config", "mine/config.toml", "--out", "again")  # from anywhere
+    assert again.exit_code == 0, again.output
+    assert Path(tomllib.loads(Path("mine/config.toml").read_text())["run"]["energy"]).is_absolute()
+    assert_one_error_line(invoke(*line, "--energy", "45mm"), "did you mean '45nm'")
 
 
 def test_latency_follows_from_cycles_and_clock(in_tmp):

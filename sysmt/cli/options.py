@@ -114,6 +114,13 @@ _OPTIONS: dict[str, Any] = {
         "Clock, MHz: adds the array's latency per image and images/s.",
         show_default="none",
     ),
+    "energy": _option(
+        str | None,
+        _ARRAY,
+        "Energy table: 45nm, sysmt-micro2020, sysmt-rtl, or a TOML file of your own.",
+        metavar="TABLE",
+        show_default="45nm",
+    ),
     "calibration_images": _option(
         int, _CALIBRATION, "Training images for activation ranges; fewer if there are fewer."
     ),

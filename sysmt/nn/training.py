@@ -9,7 +9,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sysmt.config import parse_count
-from sysmt.errors import ConfigError, DataError, OutputError, WeightsError
+from sysmt.errors import ConfigError, DataError, DivergedError, OutputError, WeightsError
 from sysmt.files import cache_directory, written_whole
+from sysmt.nn.batch_statistics import BatchStatistics, batch_statistics, check_statistics
 from sysmt.nn.checkpoints import (
     load_weights,
     read_torch_file,
@@ -33,7 +34,7 @@ from sysmt.progress import Bar, progress_bar
 __all__ = ["Evaluation", "History", "evaluate", "train", "trained_digits"]
 
 Optimizer = Literal["sgd", "adamw"]
-Schedule = Literal["onecycle", "cosine", "constant"]
+Schedule = Literal["onecycle", "cosine", "constant", "step"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +81,13 @@ class History:
     epochs : tuple of dict
         One record per epoch: epoch (from 1), lr at its end, loss and top1 over the augmented
         training images while they were learned, seconds, and test_top1 where it was asked for.
+    tests : tuple of dict
+        One record per test that fell due after a number of steps: step (from 1), epochs (done by
+        then, a fraction) and test_top1.
     """
 
     epochs: tuple[dict[str, float], ...]
+    tests: tuple[dict[str, float], ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -164,15 +169,20 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     schedule: Schedule = "onecycle",
+    milestones: Sequence[float] = (80 / 150, 120 / 150),
     batch_size: int = 128,
     augment: bool = True,
     images: int | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     label_smoothing: float = 0.0,
+    statistics: str | BatchStatistics | None = None,
+    freeze_after: int | None = None,
     after_step: Callable[[int], None] | None = None,
     test: Iterable[tuple[Tensor, Tensor]] | None = None,
+    test_every: int | None = None,
     checkpoint: str | Path | None = None,
+    channels_last: bool = True,
     progress: bool = True,
 ) -> History:
     """Train a network on labels with cross-entropy.
@@ -195,22 +205,34 @@ def train(
     momentum : float
         Of SGD; AdamW's first beta.
     weight_decay : float
-    schedule : {"onecycle", "cosine", "constant"}
+    schedule : {"onecycle", "cosine", "constant", "step"}
         Learning rate per step: up during 30 % of the steps and then down to nearly 0 (arXiv
-        1708.07120), down along half a cosine, or none.
+        1708.07120), down along half a cosine, none, or down to a tenth at each of `milestones`.
+    milestones : sequence of float
+        Shares of all steps, in (0, 1) and ascending; by default after 80 and 120 of 150 epochs.
     batch_size, augment, images, seed
         See `ImageData.loader`; they do not apply to a plain iterable, the seed's use for dropout aside.
     device : str
         ``"auto"`` takes a GPU where there is one.
     label_smoothing : float
         In [0, 1).
+    statistics : {"population", "final", "frozen"}, optional
+        Which batches BatchNorm's running statistics come from; see `sysmt.nn.batch_statistics`. By
+        default each layer's own momentum decides.
+    freeze_after : int, optional
+        With frozen statistics: steps after which BatchNorm normalises by them and leaves them as they are.
     after_step : callable, optional
         Called with the number of steps done after each step: the place to put pruned weights back to 0.
     test : iterable of (inputs, labels), optional
         Evaluated after each epoch, for the history alone.
+    test_every : int, optional
+        Evaluate `test` after each so many steps instead, epochs aside.
     checkpoint : str or Path, optional
         Written after each epoch, whole or not at all. If it exists already, training goes on from it;
         if it is finished, its weights are loaded and nothing is trained.
+    channels_last : bool
+        On a CPU, keep four-dimensional weights channels_last meanwhile: it trains faster, and sums in another
+        order, so the last bits of the weights differ.
     progress : bool
         Show progress on stderr.
 
@@ -221,41 +243,58 @@ def train(
     Raises
     ------
     ConfigError
-        If a value is impossible, or the loss stops being a number: `lr` is too large then.
+        If a value is impossible, or a batch gives a BatchNorm layer one value per channel.
+    DivergedError
+        If the loss stops being a number: `lr` is too large then, or the network explodes.
     DataError
         If there are no images, or labels that the network has no logit for.
     WeightsError
         If the checkpoint is damaged, or belongs to another training.
     """
-    recipe = {
+    recipe: dict[str, Any] = {
         "epochs": parse_count(epochs, "epochs", minimum=0), "optimizer": optimizer, "lr": lr,
         "momentum": momentum, "weight_decay": weight_decay, "schedule": schedule,
         "batch_size": parse_count(batch_size, "batch_size"), "augment": augment,
         "images": images if images is None else parse_count(images, "images"),
         "seed": parse_count(seed, "seed", minimum=0), "label_smoothing": label_smoothing,
     }  # fmt: skip
+    kind = check_statistics(statistics, freeze_after)
+    # Newer choices are noted where they are made: checkpoints from before stay good.
+    recipe |= {"milestones": [float(share) for share in milestones]} if schedule == "step" else {}
+    recipe |= {"statistics": kind.value, "freeze_after": freeze_after} if kind else {}
+    if test_every is not None:
+        recipe["test_every"] = parse_count(test_every, "test_every")
+        if test is None:
+            raise ConfigError(f"test_every={test_every} is without use: there is no test")
     home = _device_of(model)
     modes = [(module, module.training) for module in model.modules()]
+    contiguous = [tensor for tensor in _weights_4d(model) if tensor.is_contiguous()]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model.to(device)
-        run = _Run(model, data, recipe, Path(checkpoint) if checkpoint else None)
-        with progress_bar("training", run.images and run.images * epochs, enabled=progress) as bar:
-            bar.advance(run.images * len(run.records))
-            for epoch in range(len(run.records), epochs):
-                with torch.random.fork_rng():
-                    torch.manual_seed(_epoch_seed(seed, epoch))
-                    record = run.epoch(epoch, after_step, bar)
-                if test is not None:
-                    record["test_top1"] = evaluate(model, test, progress=False).top1
-                run.records.append(record)
-                run.save()
+        if channels_last and torch.device(device).type == "cpu":
+            _lay_out(_weights_4d(model), torch.channels_last)
+        with batch_statistics(model, kind) as batchnorms:
+            run = _Run(model, data, recipe, Path(checkpoint) if checkpoint else None)
+            run.freezable = batchnorms
+            run.test = test
+            with progress_bar("training", run.images and run.images * epochs, enabled=progress) as bar:
+                bar.advance(run.images * len(run.records))
+                for epoch in range(len(run.records), epochs):
+                    with torch.random.fork_rng():
+                        torch.manual_seed(_epoch_seed(seed, epoch))
+                        record = run.epoch(epoch, after_step, bar)
+                    if test is not None and test_every is None:
+                        record["test_top1"] = evaluate(model, test, progress=False).top1
+                    run.records.append(record)
+                    run.save()
     finally:
         model.to(home)
+        _lay_out(contiguous, torch.contiguous_format)
         for module, mode in modes:
             module.training = mode
-    return History(tuple(run.records))
+    return History(tuple(run.records), tuple(run.tests))
 
 
 class _Run:
@@ -270,14 +309,18 @@ class _Run:
     ) -> None:
         self.model, self.data, self.recipe, self.checkpoint = model, data, dict(recipe), checkpoint
         self.records: list[dict[str, float]] = []
+        self.tests: list[dict[str, float]] = []
+        self.test: Iterable[tuple[Tensor, Tensor]] | None = None
+        self.freezable: Sequence[nn.Module] = ()
         first = self._loader(0)
         if not isinstance(first, Sized):
             raise ConfigError(f"{type(first).__name__} has no length; training must know the steps per epoch")
         self.images: int = getattr(first, "images", 0)
         self.optimizer = _make_optimizer(model, recipe)
         lone = self.images > recipe["batch_size"] and self.images % recipe["batch_size"] == 1
-        steps = (len(first) - lone) * recipe["epochs"]  # `epoch` leaves a lone last image out
-        self.scheduler = _make_scheduler(self.optimizer, recipe, max(1, steps))
+        self.steps_per_epoch = len(first) - lone  # `epoch` leaves a lone last image out
+        steps = max(1, self.steps_per_epoch * recipe["epochs"])
+        self.scheduler = _make_scheduler(self.optimizer, recipe, steps)
         if checkpoint is not None:
             if isinstance(data, ImageData):
                 self.recipe["data"] = data.fingerprint()
@@ -308,7 +351,8 @@ class _Run:
         for inputs, labels in loader:
             if len(labels) == 1 and seen:
                 continue  # a last batch of one image has no variance for BatchNorm to learn from
-            logits = self.model(inputs.to(device))
+            self._freeze()
+            logits = self._forward(inputs.to(device))
             _check_labels(logits, labels, loader)
             labels = labels.to(device)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe["label_smoothing"])
@@ -319,9 +363,10 @@ class _Run:
             if after_step is not None:
                 after_step(self.scheduler.last_epoch)
             if not math.isfinite(loss.item()):
-                raise ConfigError(
+                raise DivergedError(
                     f"the loss became {loss.item()} in epoch {epoch + 1}: lr={self.recipe['lr']} is too large"
                 )
+            self._test()
             seen += len(labels)
             hits += int((logits.argmax(dim=1) == labels).sum())
             total_loss += loss.item() * len(labels)
@@ -336,6 +381,33 @@ class _Run:
             "seconds": time.perf_counter() - start,
         }
 
+    def _freeze(self) -> None:
+        """From its step on, let BatchNorm normalise as it does in evaluation."""
+        freeze_after = self.recipe.get("freeze_after")
+        if freeze_after is not None and self.scheduler.last_epoch >= freeze_after:
+            for layer in self.freezable:
+                layer.training = False
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        try:
+            logits: Tensor = self.model(inputs)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                f"a batch of {len(inputs)} gives a BatchNorm layer one value per channel, which has no "
+                "variance; batches must be larger"
+            ) from error
+        return logits
+
+    def _test(self) -> None:
+        """Evaluate, if a test is due after this step."""
+        step = self.scheduler.last_epoch
+        if self.test is not None and "test_every" in self.recipe and step % self.recipe["test_every"] == 0:
+            top1 = evaluate(self.model, self.test, progress=False).top1
+            done = step / self.steps_per_epoch
+            self.tests.append({"step": step, "epochs": done, "test_top1": top1})
+
     def save(self) -> None:
         """Write the checkpoint, if there is one to write."""
         if self.checkpoint is not None:
@@ -343,6 +415,7 @@ class _Run:
                 content = {
                     "recipe": self.recipe,
                     "records": self.records,
+                    "tests": self.tests,
                     "state_dict": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict(),
@@ -365,6 +438,7 @@ class _Run:
             self.optimizer.load_state_dict(content["optimizer"])
             self.scheduler.load_state_dict(content["scheduler"])
             self.records = list(content["records"])
+            self.tests = list(content.get("tests", ()))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise WeightsError(f"{path} is no checkpoint of this network's training ({error})") from error
 
@@ -398,6 +472,13 @@ def _make_scheduler(
         return schedulers.OneCycleLR(optimizer, recipe["lr"], total_steps=steps, cycle_momentum=False)
     if name == "cosine":
         return schedulers.CosineAnnealingLR(optimizer, T_max=steps)
+    if name == "step":
+        shares = recipe["milestones"]
+        if shares != sorted(set(shares)) or not all(0 < share < 1 for share in shares):
+            raise ConfigError(
+                f"milestones={tuple(shares)} must ascend and lie in (0, 1): shares of the steps"
+            )
+        return schedulers.MultiStepLR(optimizer, [round(share * steps) for share in shares], gamma=0.1)
     return schedulers.ConstantLR(optimizer, factor=1.0)
 
 
@@ -411,6 +492,16 @@ def _check_labels(logits: Tensor, labels: Tensor, loader: object) -> None:
         raise DataError(
             f"labels go from {int(labels.min())} to {int(labels.max())}, the network has {classes} classes"
         )
+
+
+def _weights_4d(model: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() == 4]
+
+
+def _lay_out(tensors: Iterable[Tensor], memory_format: torch.memory_format) -> None:
+    """Change the order of weights in memory; the tensors themselves stay, and optimizers know them."""
+    for tensor in tensors:
+        tensor.data = tensor.data.to(memory_format=memory_format)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -474,7 +565,8 @@ def trained_digits(cache_dir: str | Path | None = None, *, seed: int = 0, progre
         except WeightsError as error:
             warnings.warn(f"{error}; training the digits network again", stacklevel=2)
     with _one_thread():
-        train(model, data, **recipe, device="cpu", progress=progress)
+        # Not channels_last: the figures that are published of this network belong to these last bits.
+        train(model, data, **recipe, device="cpu", channels_last=False, progress=progress)
     try:
         save_weights(model, path, facts)
     except OutputError as error:

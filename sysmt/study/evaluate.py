@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sysmt.errors import ConfigError
+from sysmt.hw.energy import EnergyTable, load_table
 from sysmt.hw.stats import GemmStats
 from sysmt.nn.batchnorm import load_statistics, recalibrate_batchnorm, save_statistics
 from sysmt.nn.calibration_file import load_calibration
@@ -116,6 +117,8 @@ class Job:
         Attached.
     notes : list of str
         What was decided or found on the way, for the user to see.
+    energy : EnergyTable
+        What prices the events.
     calibration_notes : dict
         What the calibration file says about itself; empty without one.
 
@@ -127,6 +130,7 @@ class Job:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self.energy = load_table(config.energy) if config.energy else load_table()
         self.notes: list[str] = []
         self.calibration_notes: dict[str, Any] = {}
         self._throttled: dict[int, dict[str, int]] = {}
@@ -226,9 +230,9 @@ class Job:
             evaluation = evaluate(self.model, self._test_loader(), what=setting.name)
         finally:
             load_statistics(self.model, statistics)
-        facts = array_facts(self.sim, self.config.clock_mhz)
+        facts = array_facts(self.sim, self.config.clock_mhz, self.energy)
         recalibrated = setting.recalibrate or bool(self.calibration_notes.get("recalibrated"))
-        return Measurement(setting, evaluation, facts, self.sim.report(), recalibrated)
+        return Measurement(setting, evaluation, facts, self.sim.report(self.energy), recalibrated)
 
     def _throttle(self, setting: Setting) -> None:
         if setting.threads in self._throttled:  # for the same setting without recalibration
@@ -298,7 +302,9 @@ def open_workload(config: RunConfig) -> tuple[nn.Module, ImageData]:
     return load_model(config.model, config.weights), data
 
 
-def array_facts(sim: Simulation, clock_mhz: float | None = None) -> dict[str, Any]:
+def array_facts(
+    sim: Simulation, clock_mhz: float | None = None, energy: EnergyTable | None = None
+) -> dict[str, Any]:
     """Sum up what the array did since the last reset.
 
     Parameters
@@ -306,6 +312,8 @@ def array_facts(sim: Simulation, clock_mhz: float | None = None) -> dict[str, An
     sim : Simulation
     clock_mhz : float, optional
         Clock of the array, MHz.
+    energy : EnergyTable, optional
+        By default the 45 nm table.
 
     Returns
     -------
@@ -313,8 +321,8 @@ def array_facts(sim: Simulation, clock_mhz: float | None = None) -> dict[str, An
         ``speedup`` and ``network_speedup`` (MAC-weighted) and both in cycles; ``collision_rate``
         and ``utilization`` of the simulated layers, in [0, 1]; ``macs`` and ``cycles`` of the
         whole network (layers in float at T = 1), ``cycles_per_image``; ``energy_pj_per_image`` and
-        ``energy_delay_pj_cycles_per_image`` of the simulated layers; with a clock ``latency_ms`` per
-        image and ``array_images_per_second``.
+        ``energy_delay_pj_cycles_per_image`` of the simulated layers (or in the table's unit); with a
+        clock ``latency_ms`` per image and ``array_images_per_second``.
     """
     total = sum((layer.stats for layer in sim.simulated()), GemmStats(()))
     facts: dict[str, Any] = {
@@ -327,7 +335,7 @@ def array_facts(sim: Simulation, clock_mhz: float | None = None) -> dict[str, An
         "macs": sum(layer.stats.macs for layer in sim.layers.values()),
         "cycles": sim.cycles,
         "cycles_per_image": sim.cycles / sim.images if sim.images else math.nan,
-        **energy_facts(sim),
+        **energy_facts(sim, energy),
     }
     if clock_mhz is not None:
         facts["latency_ms"] = facts["cycles_per_image"] / (clock_mhz * 1e3)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sysmt.config import ArrayConfig, Drain, Policy, Rounding, parse_count, parse_name, parse_threads
 from sysmt.errors import ConfigError, nearest
+from sysmt.hw.energy import TABLES
 
 __all__ = ["RANDOM_WEIGHTS", "RECALIBRATION_MODES", "RunConfig", "Setting"]
 
@@ -98,6 +99,8 @@ class RunConfig:
         Share of weights in [0, 1) to set to zero first, the smallest of all; no training follows.
     clock_mhz : float or None
         Clock of the array, MHz, for latencies.
+    energy : str or None
+        Energy table: a name or a TOML file, as `sysmt.hw.energy.load_table` takes it; None for 45 nm.
     cpu_threads : int or None
         CPU threads of this machine; None for torch's own choice.
     seed : int
@@ -141,6 +144,7 @@ class RunConfig:
     throttle_to: int = 1
     prune: float | None = None
     clock_mhz: float | None = None
+    energy: str | None = None
     cpu_threads: int | None = None
     seed: int = 0
 
@@ -250,6 +254,8 @@ class RunConfig:
         for field in ("weights", "calibration"):
             if record[field] is not None and record[field] != RANDOM_WEIGHTS and ":" not in record[field]:
                 record[field] = _absolute(record[field])
+        if self.energy is not None and self.energy not in TABLES:
+            record["energy"] = _absolute(self.energy)
         for field in ("data", "train_data"):
             kind, _, path = (record[field] or "").partition(":")
             if path:
