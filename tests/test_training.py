@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import sysmt.progress
-from sysmt.errors import ConfigError, DataError, WeightsError
+from sysmt.errors import ConfigError, DataError, DivergedError, WeightsError
 from sysmt.nn import training
 from sysmt.nn.checkpoints import weights_hash
 from sysmt.nn.data import ImageData, open_data
@@ -161,6 +161,51 @@ def test_prune_masks_survive(data: ImageData) -> None:
     assert torch.equal(model[0].weight == 0, zeros)
 
 
+def test_the_rate_falls_to_a_tenth_at_each_milestone(data: ImageData) -> None:
+    options = OPTIONS | {"epochs": 4, "lr": 0.5, "schedule": "step", "milestones": (0.5, 0.75)}
+    history = train(network(), data, **options)
+    assert [record["lr"] for record in history.epochs] == pytest.approx([0.5, 0.05, 0.005, 0.005])
+
+
+def test_tests_fall_due_after_steps(data: ImageData) -> None:
+    model = network()
+    test = data.loader("test")
+    history = train(model, data, test=test, test_every=3, **OPTIONS)
+    assert [record["step"] for record in history.tests] == [3, 6, 9, 12, 15]  # 16 steps, 4 in an epoch
+    assert [record["epochs"] for record in history.tests] == [0.75, 1.5, 2.25, 3.0, 3.75]
+    assert all(0 <= record["test_top1"] <= 1 for record in history.tests)
+    assert "test_top1" not in history.epochs[0]
+    same = network()
+    train(same, data, **OPTIONS)
+    assert weights_hash(model) == weights_hash(same)  # looking does not change anything
+
+
+def test_channels_last_is_for_the_time_of_training_alone(data: ImageData) -> None:
+    def layout(model: nn.Module) -> list[bool]:
+        return [tensor.is_contiguous() for tensor in model.state_dict().values()]
+
+    models = [network() for _ in range(3)]
+    models[2].to(memory_format=torch.channels_last)
+    for model in models:
+        model[3] = nn.Identity()  # dropout draws in the order of memory
+    before = [layout(model) for model in models]
+    seen: list[bool] = []
+    for model, channels_last in zip(models, (True, False, True), strict=True):
+        train(
+            model,
+            data,
+            channels_last=channels_last,
+            after_step=lambda _, model=model: seen.append(model[0].weight.is_contiguous()),
+            **OPTIONS,
+        )
+    assert [layout(model) for model in models] == before
+    assert set(seen[:16]) == {False}
+    assert set(seen[16:32]) == {True}
+    assert weights_hash(models[0]) == weights_hash(models[2])
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-2)
+
+
 def test_no_epochs_change_nothing(data: ImageData) -> None:
     model = network()
     before = weights_hash(model)
@@ -196,7 +241,7 @@ def test_impossible_training(change: dict, words: str, data: ImageData) -> None:
 
 
 def test_divergence_is_an_error(data: ImageData) -> None:
-    with pytest.raises(ConfigError, match="lr=1e\\+30 is too large"):
+    with pytest.raises(DivergedError, match="lr=1e\\+30 is too large"):
         train(network(), data, **OPTIONS | {"lr": 1e30, "momentum": 0.0, "schedule": "constant"})
 
 
@@ -241,6 +286,22 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     finished = fresh(5)
     assert train(finished, data, after_step=stop_at(1), **options) == history  # nothing left to do
     assert weights_hash(finished) == weights_hash(whole)
+
+
+@pytest.mark.parametrize("statistics", ["final", "frozen"])
+def test_tests_and_statistics_are_resumed_too(statistics: str, data: ImageData, tmp_path: Path) -> None:
+    options = OPTIONS | {"test": data.loader("test"), "test_every": 3, "statistics": statistics}
+    options |= {"freeze_after": 9} if statistics == "frozen" else {}
+    whole, resumed = network(), network(4)
+    expected = train(whole, data, **options)
+    with pytest.raises(StopHere):
+        train(network(), data, after_step=stop_at(14), checkpoint=tmp_path / "run.pt", **options)
+    history = train(resumed, data, checkpoint=tmp_path / "run.pt", **options)
+    assert history.tests == expected.tests
+    assert weights_hash(resumed, "buffers") == weights_hash(whole, "buffers")
+    changed = options | {"statistics": "population", "freeze_after": None}
+    with pytest.raises(WeightsError, match=f"statistics was '{statistics}' and is now 'population'"):
+        train(network(), data, checkpoint=tmp_path / "run.pt", **changed)
 
 
 def test_kill_9_leaves_a_checkpoint_that_can_be_resumed(tmp_path: Path) -> None:

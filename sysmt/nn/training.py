@@ -231,8 +231,8 @@ def train(
         Written after each epoch, whole or not at all. If it exists already, training goes on from it;
         if it is finished, its weights are loaded and nothing is trained.
     channels_last : bool
-        On a CPU, keep four-dimensional weights channels_last meanwhile: it trains faster, and sums in another
-        order, so the last bits of the weights differ.
+        On a CPU, keep four-dimensional weights channels_last meanwhile: it trains faster. Sums and dropout's
+        draws run in another order, so the weights are not bit for bit those of the other layout.
     progress : bool
         Show progress on stderr.
 
