@@ -2,6 +2,7 @@
 #define _GNU_SOURCE /* clock_gettime */
 #include "engine.h"
 #include "buffers.h"
+#include "count.h"
 #include "geometry.h"
 #include "stage.h"
 
@@ -19,10 +20,11 @@ typedef struct {
     PlaneMasks *masks;
     uint32_t *step_offset; /* (steps): positions from a tile's own to its operands */
     bool needs_crowded, can_overflow;
-    bool count, is_timed;
+    bool is_timed;
+    bool count;
+    Regions regions; /* if counted */
 
     pthread_mutex_t lock; /* over what follows */
-    Tally tally;
     int64_t nanoseconds[TIMES];
     Seen seen;
     struct Workspace *spare; /* workspaces that no job uses */
@@ -36,6 +38,7 @@ typedef struct Workspace {
     uint32_t *planes[2]; /* the second: what the ninth bit holds */
     uint8_t *crowded;
     int32_t (*acc)[BLOCK][TILE]; /* (blocks, tiles) */
+    int64_t *counts;             /* of all jobs that used this workspace */
     Events events;
     struct Correction *corrections; /* sorted by tile */
     int64_t *first_correction;      /* by tile */
@@ -75,6 +78,7 @@ static void workspace_release(Workspace *workspace) {
     buffer_give(workspace->planes[1]);
     buffer_give(workspace->crowded);
     buffer_give(workspace->acc);
+    buffer_give(workspace->counts);
     buffer_give(workspace->events.list);
     free(workspace->corrections);
     free(workspace->first_correction);
@@ -101,6 +105,13 @@ static Workspace *workspace_make(const Shared *shared) {
     if (shared->needs_crowded) {
         workspace->crowded = allocate((size_t)(CROWDS * plane_stride(shared)));
         is_complete &= workspace->crowded != NULL;
+    }
+    if (shared->count) {
+        size_t bytes = (size_t)counts_length(&shared->regions, shared->layer) * sizeof *workspace->counts;
+        workspace->counts = allocate(bytes);
+        is_complete &= workspace->counts != NULL;
+        if (workspace->counts)
+            memset(workspace->counts, 0, bytes);
     }
     if (shared->can_overflow) {
         workspace->events.capacity = events_per_chunk(shared) * shared->layer->chunks;
@@ -180,11 +191,7 @@ static void job_im2col(const Job *job, int64_t first, int64_t end) {
 
 static void job_count(const Job *job, int64_t first, int64_t end) {
     StageArguments stage = stage_of(job);
-    Tally tally = {{0}, {0}, {0}, {0}};
-    count_quads(&stage, first, end, &tally);
-    pthread_mutex_lock(&job->shared->lock);
-    tally_merge(&job->shared->tally, &tally);
-    pthread_mutex_unlock(&job->shared->lock);
+    count_quads(&stage, &job->shared->regions, first, end, job->workspace->counts);
 }
 
 /* Pack quads first..end-1 of the chunk, all phases. */
@@ -634,6 +641,8 @@ static bool prepare(Shared *shared) {
     shared->step_offset = calloc((size_t)layer->steps + 1, sizeof *shared->step_offset);
     if (!shared->masks || !shared->step_offset)
         return false;
+    if (shared->count && !regions_make(&shared->regions, layer, geometry))
+        return false;
     bool reduces = false;
     for (int i = 0; i < layer->plane_count; i++) {
         shared->masks[i] = mask_plane(&layer->planes[i]);
@@ -654,6 +663,24 @@ static bool prepare(Shared *shared) {
     return plane_stride(shared) <= UINT32_MAX;
 }
 
+/* Once all jobs are done: what they counted, to counters. */
+static bool fold_counts(const Shared *shared, int64_t slots, Outcome *outcome) {
+    int parts = 0, i = 0;
+    for (const Workspace *workspace = shared->spare; workspace; workspace = workspace->next)
+        parts++;
+    const int64_t **counts = malloc((size_t)parts * sizeof *counts + 1);
+    if (!counts)
+        return false;
+    for (const Workspace *workspace = shared->spare; workspace; workspace = workspace->next)
+        counts[i++] = workspace->counts;
+    Tally tally = {{0}, {0}, {0}, {0}};
+    bool is_done =
+        count_fold(shared->ops, shared->layer, &shared->geometry, &shared->regions, counts, parts, &tally);
+    tally_finish(&tally, &shared->layer->rule, slots, outcome);
+    free(counts);
+    return is_done;
+}
+
 static void release(Shared *shared) {
     for (Workspace *next, *workspace = shared->spare; workspace; workspace = next) {
         next = workspace->next;
@@ -661,6 +688,7 @@ static void release(Shared *shared) {
     }
     free(shared->masks);
     free(shared->step_offset);
+    regions_release(&shared->regions);
     geometry_release(&shared->geometry);
     pthread_mutex_destroy(&shared->lock);
 }
@@ -680,10 +708,13 @@ bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, 
         parallel_for(jobs, cpu_threads, run_job, &shared);
     for (int64_t job = 0; is_ready && jobs < cpu_threads && job < jobs; job++)
         run_job_in_steps(&shared, job, cpu_threads);
-    if (count) {
+    if (is_ready && count) {
         int64_t outputs = output_height(&layer->shape, source) * output_width(&layer->shape, source);
         int64_t slots = source->batch * outputs * layer->shape.groups * layer->shape.n;
-        tally_finish(&shared.tally, &layer->rule, slots * slot_count(&layer->shape, &layer->rule), outcome);
+        Watch watch = {.is_on = shared.is_timed, .last = shared.is_timed ? cpu_nanoseconds() : 0};
+        is_ready = fold_counts(&shared, slots * slot_count(&layer->shape, &layer->rule), outcome);
+        lap(&watch, TIME_COUNT);
+        read_watch(&shared, &watch);
     }
     for (int i = 0; i < TIMES; i++)
         outcome->nanoseconds[i] += shared.nanoseconds[i];

@@ -51,6 +51,17 @@ typedef struct {
     int32_t phase, quad;
 } PackArguments;
 
+/* The bytes of one slot's channels, to be counted: all of them, then those in each column. */
+typedef struct {
+    const uint8_t *channel[MAX_THREADS]; /* NULL: padding */
+    int64_t count;
+    int threads;
+    bool is_signed;
+    const uint64_t *masks; /* (columns, mask_stride): a bit per byte */
+    int64_t columns, mask_stride;
+    int64_t *counts; /* (1 + columns, activations_length); added to */
+} CountArguments;
+
 /* One block of channels times one tile of positions, added to acc. */
 typedef struct {
     const uint32_t *planes; /* at the tile's first position */
@@ -107,10 +118,8 @@ typedef struct {
     void (*transpose_pixels)(const uint8_t *from, int64_t pixel_stride, int64_t count, int64_t channels,
                              uint8_t *to, int64_t channel_stride);
     void (*pack)(const PackArguments *arguments);
-    /* Count the patterns of one slot's channels over count bytes; adds to counts (tally_length). */
-    void (*count)(const uint8_t *const channel[MAX_THREADS], int64_t count, int threads, bool is_signed,
-                  int32_t *counts);
-    void (*tally)(Tally *tally, const int32_t *activations, const int32_t *weights, const SlotRule *rule);
+    void (*count)(const CountArguments *arguments);
+    void (*tally)(Tally *tally, const int64_t *activations, const int32_t *weights, const SlotRule *rule);
     void (*multiply)(const MultiplyArguments *arguments);
     /* Add an event's missing 1 times the weight it meets, for n = 0..count-1. */
     void (*correct)(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,

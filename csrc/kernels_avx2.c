@@ -292,7 +292,7 @@ INLINE void classify(const uint8_t *bytes, int64_t count, bool is_signed, uint64
 
 #include "count_slots.h"
 
-static void tally(Tally *tally, const int32_t *activations, const int32_t *weights, const SlotRule *rule) {
+static void tally(Tally *tally, const int64_t *activations, const int32_t *weights, const SlotRule *rule) {
     tally_slot(tally, activations, weights, rule);
 }
 

@@ -90,10 +90,18 @@ static void quantise_row(const float *from, int64_t stride, int64_t count, const
     note(&rounder, seen);
 }
 
+/* Whole vectors wherever possible: masked stores are slow. */
 INLINE void store_columns(const __m128i columns[16], int64_t pixels, int64_t channels, uint8_t *to,
                           int64_t channel_stride) {
-    for (int64_t c = 0; c < channels && c < 16; c++)
-        _mm_mask_storeu_epi8(to + c * channel_stride, first_lanes(pixels), columns[c]);
+    if (pixels >= 16 && channels >= 16)
+        UNROLL for (int c = 0; c < 16; c++)
+            _mm_storeu_si128((__m128i *)(to + c * channel_stride), columns[c]);
+    else if (pixels == 8 && channels >= 16)
+        UNROLL for (int c = 0; c < 16; c++)
+            _mm_storel_epi64((__m128i *)(to + c * channel_stride), columns[c]);
+    else
+        for (int64_t c = 0; c < channels && c < 16; c++)
+            _mm_mask_storeu_epi8(to + c * channel_stride, first_lanes(pixels), columns[c]);
 }
 
 static void quantise_pixels(const float *from, int64_t pixel_stride, int64_t count, int64_t channels,
@@ -282,7 +290,7 @@ INLINE void classify(const uint8_t *bytes, int64_t count, bool is_signed, uint64
 
 #include "count_slots.h"
 
-static void tally(Tally *tally, const int32_t *activations, const int32_t *weights, const SlotRule *rule) {
+static void tally(Tally *tally, const int64_t *activations, const int32_t *weights, const SlotRule *rule) {
     tally_slot(tally, activations, weights, rule);
 }
 
@@ -545,7 +553,10 @@ static void store_lanes(const StoreArguments *store) {
             if (offset == NOWHERE)
                 continue;
             if (store->sink->stride_n == 1) {
-                _mm256_mask_storeu_epi32(to + offset, present, positions[lane]);
+                if (store->channels == BLOCK)
+                    _mm256_storeu_si256((__m256i *)(to + offset), positions[lane]);
+                else
+                    _mm256_mask_storeu_epi32(to + offset, present, positions[lane]);
             } else {
                 int32_t values[BLOCK];
                 _mm256_storeu_si256((__m256i *)values, positions[lane]);

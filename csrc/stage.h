@@ -31,7 +31,4 @@ void stage_channels(const StageArguments *stage, int64_t first, int64_t end, See
 /* im2col: fill stream rows of k = first..end-1 from the raw rows. */
 void stage_im2col(const StageArguments *stage, int64_t first, int64_t end);
 
-/* Count the slots of quads first..end-1. */
-void count_quads(const StageArguments *stage, int64_t first, int64_t end, Tally *tally);
-
 #endif

@@ -18,8 +18,8 @@ static int without_thread(int t, int set) {
 
 void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t stride, int threads,
                    int32_t *counts) {
-    int half = 1 << (threads - 1);
-    int32_t *wide = counts + subset_count(threads);
+    int half = 1 << (threads - 1), subsets = subset_count(threads);
+    int32_t *any_wide = counts + subsets, *wide = any_wide + subsets;
     memset(counts, 0, (size_t)tally_length(threads) * sizeof *counts);
     for (int64_t column = 0; column < n; column++) {
         int pattern = 0, value[MAX_THREADS] = {0};
@@ -33,18 +33,10 @@ void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t 
                 wide[t * half + without_thread(t, pattern)]++;
     }
     sum_supersets(counts, threads);
-    for (int t = 0; t < threads; t++)
+    for (int t = 0; t < threads; t++) {
         sum_supersets(wide + t * half, threads - 1);
-    tally_spread(counts, threads);
-}
-
-void tally_merge(Tally *to, const Tally *from) {
-    for (int i = 0; i < MAX_SUBSETS; i++)
-        to->both[i] += from->both[i];
-    for (int i = 0; i < MAX_OTHERS; i++) {
-        to->wide_any[i] += from->wide_any[i];
-        to->any_wide[i] += from->any_wide[i];
-        to->wide_wide[i] += from->wide_wide[i];
+        for (int rest = 0; rest < half; rest++)
+            any_wide[with_thread(t, rest)] += wide[t * half + rest];
     }
 }
 
@@ -68,22 +60,13 @@ static void invert_moments(const int64_t *moments, int top, int64_t *counts) {
     }
 }
 
-/* How many operands t, of the kind that `products` set apart, had o other active threads, for o = 0..T-1. */
-static void count_by_others(const int64_t *products, int threads, int64_t counts[MAX_THREADS]) {
-    int half = 1 << (threads - 1);
-    int64_t moments[MAX_THREADS] = {0};
-    for (int t = 0; t < threads; t++)
-        for (int rest = 0; rest < half; rest++)
-            moments[count_bits(rest)] += products[t * half + rest];
-    invert_moments(moments, threads - 1, counts);
-}
-
-/* Operands reduced: at a 2-way collision those of `at_two`, at more those of `at_more`. */
+/* From moments of the number of others to the operands reduced: at a 2-way collision those of `at_two`, at
+ * more those of `at_more`. */
 static int64_t count_reduced(const int64_t *at_two, const int64_t *at_more, const SlotRule *rule) {
     int64_t total = 0, two[MAX_THREADS] = {0}, more[MAX_THREADS];
     if (at_two)
-        count_by_others(at_two, rule->threads, two);
-    count_by_others(at_more, rule->threads, more);
+        invert_moments(at_two, rule->threads - 1, two);
+    invert_moments(at_more, rule->threads - 1, more);
     for (int others = 0; others < rule->threads; others++) {
         int contenders = rule->skips_zeros ? others + 1 : rule->threads;
         total += contenders == 2 ? two[others] : contenders >= 3 ? more[others] : 0;
@@ -92,24 +75,28 @@ static int64_t count_reduced(const int64_t *at_two, const int64_t *at_more, cons
 }
 
 void tally_finish(const Tally *tally, const SlotRule *rule, int64_t slots, Outcome *outcome) {
-    int threads = rule->threads;
+    int threads = rule->threads, half = 1 << (threads - 1);
     int64_t moments[MAX_THREADS + 1] = {slots}, active[MAX_THREADS + 1];
-    for (int set = 1; set < subset_count(threads); set++)
-        moments[count_bits(set)] += tally->both[set];
+    /* Moments of the other active threads, of an operand set apart: any, or wide. */
+    int64_t any[MAX_THREADS] = {0}, wide_a[MAX_THREADS] = {0}, wide_w[MAX_THREADS] = {0},
+            wide_both[MAX_THREADS] = {0};
+    for (int set = 1; set < subset_count(threads); set++) {
+        int others = count_bits(set) - 1;
+        moments[others + 1] += tally->both[set];
+        any[others] += (others + 1) * tally->both[set];
+        wide_a[others] += tally->wide_any[set];
+        wide_w[others] += tally->any_wide[set];
+    }
+    for (int i = 0; i < others_count(threads); i++)
+        wide_both[count_bits(i % half)] += tally->wide_wide[i];
     invert_moments(moments, threads, active);
     for (int c = 0; c <= threads; c++)
         outcome->active[c] += active[c];
     if (threads == 1)
         return;
-    int64_t any_any[MAX_OTHERS]; /* both non-zero, from the patterns */
-    for (int t = 0, half = 1 << (threads - 1); t < threads; t++)
-        for (int rest = 0; rest < half; rest++)
-            any_any[t * half + rest] = tally->both[with_thread(t, rest)];
-    const int64_t *activations = rule->reduces_always ? any_any : tally->wide_any;
-    const int64_t *weights = rule->reduces_always ? any_any : tally->any_wide;
-    const int64_t *at_two = rule->needs_both       ? tally->wide_wide
-                            : rule->reduces_weight ? weights
-                                                   : activations;
+    const int64_t *activations = rule->reduces_always ? any : wide_a;
+    const int64_t *weights = rule->reduces_always ? any : wide_w;
+    const int64_t *at_two = rule->needs_both ? wide_both : rule->reduces_weight ? weights : activations;
     outcome->reduced_activations += count_reduced(rule->reduces_weight ? NULL : at_two, activations, rule);
     outcome->reduced_weights += count_reduced(rule->reduces_weight ? at_two : NULL, weights, rule);
 }

@@ -114,6 +114,25 @@ def test_result_does_not_depend_on_threads_or_batching(path, rng):
     assert sum((one.counters for one in single), Counters(())) == whole.counters
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "scalar"])
+@pytest.mark.parametrize("policy", [Policy.SA, Policy.SAW, Policy.S])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (7, 2, 3), (9, 1, 4)])
+def test_images_of_several_jobs(path, policy, threads, kernel, stride, padding, rng):
+    weight = np.clip(rng.normal(0, 30, (9, 4, kernel, kernel)), -127, 127).astype(np.int8)
+    x = images(rng, (2, 4, 37, 70), False, "nhwc")
+    pad, ones = ((padding, padding),) * 2, np.ones(9, np.float32)
+    config = ArrayConfig(threads=threads, policy=policy)
+    results = [
+        PackedConv(weight, config, stride=(stride, stride), padding=pad, path=one).forward(
+            x, 1.0, ones, cpu_threads=2
+        )
+        for one in (path, "scalar")
+    ]
+    np.testing.assert_array_equal(results[0].y, results[1].y)
+    assert results[0].counters == results[1].counters
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_nonfinite_and_negative_inputs_are_reported(path, layout):
