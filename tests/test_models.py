@@ -12,7 +12,7 @@ from torch import nn
 from sysmt.errors import ConfigError, WeightsError
 from sysmt.nn.checkpoints import save_weights
 from sysmt.nn.data import open_data
-from sysmt.nn.models import build_model, classes_in_weights, load_model, model_names
+from sysmt.nn.models import VGG7, MobileNetV1, build_model, classes_in_weights, load_model, model_names
 from sysmt.nn.training import evaluate
 
 SHARED = Path(os.environ.get("SYSMT_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -35,7 +35,9 @@ def parameters(model: nn.Module) -> int:
         ("resnet20", 269_722), ("resnet32", 464_154), ("resnet44", 658_586), ("resnet56", 853_018),
         ("resnet110", 1_727_962),
         # Howard et al., arXiv 1704.04861, table 4: 4.2 million
-        ("mobilenet_v1", 4_231_976),
+        ("mobilenet_v1", 4_231_976), ("mobilenet_v1_cifar", 4_231_976 - 990 * 1025),
+        # Counted by hand: convolutions, hidden layer on 2 x 2 maps, classifier, BatchNorm
+        ("vgg7", 4_574_592 + 2_097_152 + 10_250 + 2 * 2_816),
         # torchvision's documentation
         ("resnet18", 11_689_512), ("resnet50", 25_557_032), ("googlenet", 6_624_904),
         ("densenet121", 7_978_856),
@@ -49,7 +51,8 @@ def test_parameter_counts(name: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("digits", (2, 1, 16, 16)), ("resnet20", (2, 3, 32, 32)), ("mobilenet_v1", (1, 3, 64, 64)),
-     ("googlenet", (1, 3, 64, 64)), ("densenet121", (1, 3, 32, 32))],
+     ("googlenet", (1, 3, 64, 64)), ("densenet121", (1, 3, 32, 32)),
+     ("vgg7", (2, 3, 32, 32)), ("vgg7", (2, 3, 16, 16)), ("mobilenet_v1_cifar", (1, 3, 32, 32))],
 )  # fmt: skip
 def test_logits(name: str, shape: tuple[int, ...]) -> None:
     model = build_model(name, num_classes=7)
@@ -58,7 +61,7 @@ def test_logits(name: str, shape: tuple[int, ...]) -> None:
         assert model(torch.zeros(shape)).shape == (shape[0], 7)
 
 
-@pytest.mark.parametrize("name", ["digits", "resnet20", "mobilenet_v1"])
+@pytest.mark.parametrize("name", ["digits", "resnet20", "vgg7", "mobilenet_v1"])
 def test_each_convolution_is_a_module_of_its_own(name: str) -> None:
     calls: list[nn.Module] = []
     model = build_model(name, in_channels=3)
@@ -73,6 +76,20 @@ def test_each_convolution_is_a_module_of_its_own(name: str) -> None:
 def test_digits_takes_colour_on_request() -> None:
     model = build_model("digits", in_channels=3)
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+
+
+def test_grey_weights_make_a_grey_network(tmp_path: Path) -> None:
+    for name in ("vgg7", "mobilenet_v1_cifar", "digits"):
+        save_weights(build_model(name, 3, in_channels=1), tmp_path / f"{name}.pt")
+        model = load_model(name, tmp_path / f"{name}.pt")
+        assert model(torch.zeros(1, 1, 16, 16)).shape == (1, 3)
+
+
+def test_narrow_networks() -> None:
+    for model in (VGG7(4, 1, width=8), MobileNetV1(4, 1, width=0.25, first_stride=1)):
+        assert model.eval()(torch.zeros(1, 1, 16, 16)).shape == (1, 4)
+    assert parameters(VGG7(width=16)) < parameters(VGG7()) / 60
+    assert MobileNetV1(width=0.25).model[0][0].weight.shape == (8, 3, 3, 3)
 
 
 def test_shortcut_pads_channels_on_both_sides() -> None:

@@ -1,4 +1,4 @@
-"""Networks by name: small residual networks for digits and CIFAR, MobileNet-v1, and torchvision's."""
+"""Networks by name: small residual networks, VGG-7 and MobileNet-v1 for small images, and torchvision's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from sysmt.config import parse_count
 from sysmt.errors import ConfigError, WeightsError, nearest
 from sysmt.nn.checkpoints import load_state, read_weights, resolve_weights
 
-__all__ = ["MobileNetV1", "SmallResNet", "build_model", "classes_in_weights", "load_model", "model_names"]
+__all__ = [
+    "MobileNetV1",
+    "SmallResNet",
+    "VGG7",
+    "build_model",
+    "classes_in_weights",
+    "load_model",
+    "model_names",
+]
 
 _SMALL_RESNETS = {
     "digits": ((1, 1, 1), 8),
@@ -25,6 +33,8 @@ _SMALL_RESNETS = {
     "resnet110": ((18, 18, 18), 16),
 }
 """Blocks of the three stages, and channels of the first one (CIFAR: arXiv 1512.03385, section 4.2)."""
+
+_FOR_SMALL_IMAGES = (*_SMALL_RESNETS, "vgg7", "mobilenet_v1_cifar")
 
 
 class BasicBlock(nn.Module):
@@ -97,8 +107,49 @@ class SmallResNet(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
+class VGG7(nn.Module):
+    """VGG-7 of ternary weight networks (Li & Liu, arXiv 1605.04711): six convolutions and a hidden layer.
+
+    Two 3 × 3 convolutions and a 2 × 2 max pooling, three times, with twice the channels each time, then
+    a fully connected layer of as many units as eight times `width`; all with BatchNorm and ReLU. Unlike the
+    original, which reads the 4 × 4 maps of 32 × 32 images, the hidden layer reads maps pooled to 2 × 2, so
+    that smaller images will do.
+
+    Parameters
+    ----------
+    num_classes : int
+    in_channels : int
+        1 for grey images, 3 for RGB.
+    width : int
+        Channels of the first convolution: 128 in the original.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 128) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for out_channels in (width, 2 * width, 4 * width):
+            for _ in range(2):
+                layers += [
+                    nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(out_channels),
+                    nn.ReLU(),
+                ]
+                channels = out_channels
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.hidden = nn.Sequential(
+            nn.Linear(4 * channels, 8 * width, bias=False), nn.BatchNorm1d(8 * width), nn.ReLU()
+        )
+        self.linear = nn.Linear(8 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, in_channels, H, W), 8 × 8 at least, to logits (N, num_classes)."""
+        return self.linear(self.hidden(self.features(x)))  # type: ignore[no-any-return]
+
+
 class MobileNetV1(nn.Module):
-    """MobileNet-v1, width 1.0 (Howard et al., arXiv 1704.04861, table 1), for 224 × 224 RGB images.
+    """MobileNet-v1 (Howard et al., arXiv 1704.04861, table 1), by default for 224 × 224 RGB images.
 
     Module names are those of the widespread PyTorch checkpoints: ``model.0.0`` is the first
     convolution, ``model.1.0`` a depthwise and ``model.1.3`` a pointwise one, ``fc`` the classifier.
@@ -106,6 +157,12 @@ class MobileNetV1(nn.Module):
     Parameters
     ----------
     num_classes : int
+    in_channels : int
+        1 for grey images, 3 for RGB.
+    width : float
+        Width multiplier of all channels; at least 1/32.
+    first_stride : int
+        Stride of the first convolution: 2, or 1 for the small images of CIFAR.
     """
 
     _STAGES = (
@@ -114,13 +171,15 @@ class MobileNetV1(nn.Module):
     )  # fmt: skip
     """Output channels and stride of each depthwise-separable pair."""
 
-    def __init__(self, num_classes: int = 1000) -> None:
+    def __init__(
+        self, num_classes: int = 1000, in_channels: int = 3, width: float = 1.0, first_stride: int = 2
+    ) -> None:
         super().__init__()
-        stages: list[nn.Module] = [
-            nn.Sequential(nn.Conv2d(3, 32, 3, 2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        ]
-        channels = 32
-        for out_channels, stride in self._STAGES:
+        channels = round(32 * width)
+        first = nn.Conv2d(in_channels, channels, 3, first_stride, padding=1, bias=False)
+        stages: list[nn.Module] = [nn.Sequential(first, nn.BatchNorm2d(channels), nn.ReLU())]
+        for full_channels, stride in self._STAGES:
+            out_channels = round(full_channels * width)
             stages.append(self._separable(channels, out_channels, stride))
             channels = out_channels
         self.model = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1))
@@ -138,7 +197,7 @@ class MobileNetV1(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) to logits (N, num_classes)."""
+        """Map images (N, in_channels, H, W) to logits (N, num_classes)."""
         return self.fc(self.model(x).flatten(1))  # type: ignore[no-any-return]
 
 
@@ -148,7 +207,7 @@ def model_names() -> tuple[str, ...]:
     from sysmt.nn.vision import torchvision
 
     theirs = torchvision.models.list_models(module=torchvision.models)
-    return (*_SMALL_RESNETS, "mobilenet_v1", *theirs)
+    return (*_FOR_SMALL_IMAGES, "mobilenet_v1", *theirs)
 
 
 def build_model(name: str, num_classes: int | None = None, in_channels: int | None = None) -> nn.Module:
@@ -161,8 +220,8 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     num_classes : int, optional
         Logits; by default 10 for the small networks and 1000 for the others.
     in_channels : int, optional
-        Image channels; by default 1 for ``"digits"`` and 3 for the others. Only the small
-        networks can be built for another number.
+        Image channels; by default 1 for ``"digits"`` and 3 for the others. Only networks for small
+        images can be built for another number.
 
     Returns
     -------
@@ -184,10 +243,14 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
         channels = in_channels or (1 if name == "digits" else 3)
         blocks, width = _SMALL_RESNETS[name]
         return SmallResNet(blocks, num_classes or 10, channels, width).eval()
+    if name == "vgg7":
+        return VGG7(num_classes or 10, in_channels or 3).eval()
+    if name == "mobilenet_v1_cifar":
+        return MobileNetV1(num_classes or 10, in_channels or 3, first_stride=1).eval()
     if name not in model_names():
         raise ConfigError(
             f"model {name!r} is unknown{nearest(str(name), model_names())}; "
-            f"known: {', '.join(_SMALL_RESNETS)}, mobilenet_v1, and torchvision's classification networks"
+            f"known: {', '.join(_FOR_SMALL_IMAGES)}, mobilenet_v1, and torchvision's classification networks"
         )
     if in_channels not in (None, 3):
         raise ConfigError(
@@ -283,8 +346,8 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     found = classes_in_weights(name, state)
     if num_classes is not None and found != num_classes:
         raise WeightsError(f"{path} has {found} classes, not num_classes={num_classes}")
-    first = state.get("conv1.weight")
-    channels = int(first.shape[1]) if name in _SMALL_RESNETS and first is not None else None
+    first = next((tensor for tensor in state.values() if tensor.ndim == 4), None)
+    channels = int(first.shape[1]) if name in _FOR_SMALL_IMAGES and first is not None else None
     model = build_model(name, found, channels)
     load_state(model, state, path)
     return model
