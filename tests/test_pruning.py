@@ -2,17 +2,21 @@
 
 import copy
 import itertools
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sysmt.errors import ConfigError, UnsupportedLayerError
-from sysmt.nn.checkpoints import load_weights, save_weights
+from sysmt.errors import ConfigError, UnsupportedLayerError, WeightsError
+from sysmt.nn.checkpoints import load_weights, save_weights, weights_hash
 from sysmt.nn.models import build_model
 from sysmt.nn.pruning import make_permanent, prune_and_retrain, prune_model, sparsity_report
 from sysmt.quant.uniform import quantize_weights, weight_scales
@@ -203,6 +207,70 @@ def test_prune_and_retrain_reaches_each_sparsity_and_keeps_every_zero() -> None:
     assert int(sparsity_report(model)["zeros"].sum()) == round(0.5 * weights)
 
 
+def test_a_killed_retraining_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return build_model("digits")
+
+    data = labelled_batches()
+    options = {"schedule": (0.2, 0.5), "epochs": 3, "progress": False}
+    whole = fresh()
+    expected = prune_and_retrain(whole, data, **options)
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from sysmt.nn.models import build_model
+from sysmt.nn.pruning import prune_and_retrain
+from test_pruning import labelled_batches
+torch.set_num_threads({torch.get_num_threads()})
+torch.manual_seed(0)
+steps = 0
+def kill(step):
+    global steps
+    steps += 1
+    if steps == {3 * len(data) + 2 * len(data) + 1}:  # in the last epoch of the second step
+        os.kill(os.getpid(), 9)
+prune_and_retrain(build_model("digits"), labelled_batches(), schedule=(0.2, 0.5), epochs=3, progress=False,
+                  checkpoint={str(tmp_path / "run.pt")!r}, after_step=kill)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-1.pt", "run-2.pt"]
+    resumed, steps = fresh(), []
+    again = prune_and_retrain(
+        resumed, data, checkpoint=tmp_path / "run.pt", after_step=steps.append, **options
+    )  # fmt: skip
+    assert len(steps) == len(data)  # one epoch was left
+    pd.testing.assert_frame_equal(again, expected)
+    assert weights_hash(resumed) == weights_hash(whole)
+    for (name, one), two in zip(resumed.named_modules(), whole.modules(), strict=True):
+        if isinstance(one, nn.Conv2d) and name != "conv1":
+            assert torch.equal(one.weight, two.weight)  # what follows from mask and latent weight, too
+    copy.deepcopy(resumed)
+
+
+def test_weights_load_into_a_network_that_is_masked_if_its_masks_agree(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model("digits")
+    prune_model(model, 0.4)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "masks.pt")  # as trainings keep it
+    save_weights(model, tmp_path / "plain.pt")
+    for name in ("masks.pt", "plain.pt"):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.layer1[0].conv1.weight_orig.zero_()
+        load_weights(other, tmp_path / name)
+        assert weights_hash(other) == weights_hash(model)
+        assert torch.equal(other.layer1[0].conv1.weight, model.layer1[0].conv1.weight)
+        assert sparsity_report(other).equals(sparsity_report(model))
+    save_weights(build_model("digits"), tmp_path / "dense.pt")
+    before = weights_hash(model)
+    with pytest.raises(WeightsError, match=r"layer1\.0\.conv1\.weight that the network's mask prunes"):
+        load_weights(model, tmp_path / "dense.pt")
+    assert weights_hash(model) == before
+
+
 def test_retraining_refuses_what_it_cannot_do() -> None:
     model = build_model("digits")
     for options, message in [
@@ -212,7 +280,7 @@ def test_retraining_refuses_what_it_cannot_do() -> None:
         ({"schedule": 0.4}, "schedule=0.4 must be a sequence"),
         ({"epochs": -1}, "epochs=-1"),
         ({"weight_deacy": 0.1}, "did you mean 'weight_decay'"),
-        ({"checkpoint": "run.pt"}, "no option 'checkpoint'"),
+        ({"test_every": 3, "after_step": None, "freeze_aftr": 2}, "did you mean 'freeze_after'"),
     ]:
         with pytest.raises(ConfigError, match=message):
             prune_and_retrain(model, labelled_batches(), **options)

@@ -22,6 +22,7 @@ __all__ = [
     "read_metadata",
     "read_torch_file",
     "read_weights",
+    "refresh_masked",
     "resolve_weights",
     "save_weights",
     "weights_hash",
@@ -129,7 +130,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Besides what `read_weights` understands: classifiers used in training only (GoogLeNet's, Inception's) are
     left out where the network has none, DenseNet's older names are translated, and counts of
-    BatchNorm batches may be missing.
+    BatchNorm batches may be missing. A network with masks of `torch.nn.utils.prune` keeps them, so the
+    checkpoint's weights must be 0 wherever a mask is.
 
     Parameters
     ----------
@@ -149,15 +151,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Load what `read_weights` returned; `path` is for messages. See `load_weights`."""
     state = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
-    own = model.state_dict()
+    masked = model.state_dict()
+    own = _apply_masks(masked)
     if not any(_AUXILIARY.match(key) for key in own):
         state = {key: value for key, value in state.items() if not _AUXILIARY.match(key)}
-    pruned = {key.removesuffix("_mask") for key in own if key.endswith("_mask")}
-    if pruned:
-        raise WeightsError(
-            f"the network is being pruned ({min(pruned)} has a mask); make the pruning permanent "
-            f"(torch.nn.utils.prune.remove) before loading {path}"
-        )
     counts = {key for key in own if key.endswith("num_batches_tracked")}
     missing = [key for key in own if key not in state and key not in counts]
     unexpected = [key for key in state if key not in own and not key.endswith("num_batches_tracked")]
@@ -179,7 +176,26 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) 
             )
         if own[key].is_floating_point() and not value.is_floating_point():
             raise WeightsError(f"{path} has {key} as {value.dtype}; floating-point weights are needed")
-    model.load_state_dict(fitting, strict=False)
+        mask = masked.get(f"{key}_mask") if key not in masked else None
+        if mask is not None and bool((value[mask.cpu() == 0] != 0).any()):
+            raise WeightsError(
+                f"{path} has weights in {key} that the network's mask prunes; make the pruning permanent "
+                "(sysmt.nn.pruning.make_permanent) first, or load into a network without masks"
+            )
+    renamed = {key if key in masked else f"{key}_orig": value for key, value in fitting.items()}
+    model.load_state_dict(renamed, strict=False)
+    refresh_masked(model)
+
+
+def refresh_masked(model: nn.Module) -> None:
+    """Recompute masked weights, as every forward pass does, without a graph that would bar copying."""
+    with torch.no_grad():
+        for module in model.modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            for key, parameter in module.named_parameters(recurse=False):
+                name = key.removesuffix("_orig")
+                if name != key and f"{name}_mask" in buffers:
+                    setattr(module, name, parameter * buffers[f"{name}_mask"])
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -24,6 +25,7 @@ from torch.nn.utils import prune
 
 from sysmt.config import parse_count, parse_name
 from sysmt.errors import ConfigError, UnsupportedLayerError, nearest
+from sysmt.nn.checkpoints import refresh_masked
 from sysmt.nn.data import ImageData
 from sysmt.nn.training import evaluate, train
 
@@ -153,6 +155,7 @@ def prune_and_retrain(
     lr: float = 0.01,
     seed: int = 0,
     test: Iterable[tuple[Tensor, Tensor]] | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     **training: Any,
 ) -> pd.DataFrame:
@@ -180,10 +183,14 @@ def prune_and_retrain(
         Step i trains with ``seed + i``.
     test : iterable of (inputs, labels), optional
         Evaluated after pruning and again after retraining in each step.
+    checkpoint : str or Path, optional
+        Step i keeps its training in a file of this name with ``-i`` before the suffix. Called again with the
+        network as it was at first, what is finished is not trained again, and the step that was
+        interrupted goes on after its last full epoch; the result is that of an uninterrupted run.
     progress : bool
         Show progress on stderr.
     **training
-        Further options of `sysmt.nn.training.train`, such as `weight_decay`; no `checkpoint`.
+        Further options of `sysmt.nn.training.train`, such as `weight_decay`.
 
     Returns
     -------
@@ -199,6 +206,8 @@ def prune_and_retrain(
         refuses an option's value.
     DataError
         If there are no images, or their labels do not fit.
+    WeightsError
+        If a checkpoint is damaged, or belongs to another training.
     """
     _check_schedule(schedule)
     epochs = parse_count(epochs, "epochs", minimum=0)
@@ -214,8 +223,18 @@ def prune_and_retrain(
         report = prune_model(model, sparsity, scope=scope, exclude=exclude, first=first, linear=linear)
         counts = report.set_index("name").loc[selected, ["zeros", "weights"]].sum()
         pruned_top1 = evaluate(model, test, progress=progress).top1 if test is not None else math.nan
-        history = train(model, data, epochs, lr=lr, seed=seed + step, progress=progress, **training)
-        _refresh_weights(model)
+        kept = Path(checkpoint) if checkpoint is not None else None
+        history = train(
+            model,
+            data,
+            epochs,
+            lr=lr,
+            seed=seed + step,
+            checkpoint=kept and kept.with_stem(f"{kept.stem}-{step + 1}"),
+            progress=progress,
+            **training,
+        )
+        refresh_masked(model)
         last = history.epochs[-1] if history.epochs else {}
         rows.append(
             {
@@ -368,11 +387,3 @@ def _add_mask(layer: nn.Conv2d | nn.Linear, mask: Tensor) -> None:
     # What lies under the mask is zero, too: weight decay and momentum then have nothing to move there.
     layer.weight.masked_fill_(~mask, 0.0)
     prune.custom_from_mask(layer, "weight", mask)
-
-
-def _refresh_weights(model: nn.Module) -> None:
-    """Recompute masked weights, as every forward pass does, without a graph that would bar copying."""
-    with torch.no_grad():
-        for module in model.modules():
-            for key in _masked(module):
-                setattr(module, key, module.get_parameter(f"{key}_orig") * module.get_buffer(f"{key}_mask"))

@@ -25,6 +25,7 @@ from sysmt.nn.batch_statistics import BatchStatistics, batch_statistics, check_s
 from sysmt.nn.checkpoints import (
     load_weights,
     read_torch_file,
+    refresh_masked,
     save_weights,
 )
 from sysmt.nn.data import ImageData, open_data
@@ -439,6 +440,7 @@ class _Run:
             self.scheduler.load_state_dict(content["scheduler"])
             self.records = list(content["records"])
             self.tests = list(content.get("tests", ()))
+            refresh_masked(self.model)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise WeightsError(f"{path} is no checkpoint of this network's training ({error})") from error
 
