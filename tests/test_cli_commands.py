@@ -15,8 +15,8 @@ from tiny import CLASSES, assert_one_error_line, invoke, workload, write_images
 
 import sysmt
 from sysmt.cli import app
-from sysmt.cli.gemm import random_operands
 from sysmt.cli.options import EVERYTHING
+from sysmt.hw.workload import draw_matrices
 from sysmt.nn.checkpoints import read_metadata, save_weights
 from sysmt.nn.models import build_model, load_model
 from sysmt.study.run_config import RunConfig
@@ -106,7 +106,7 @@ def test_gemm_gives_what_simulate_gemm_gives(in_tmp, engine):
     result = invoke("gemm", *sizes, *options)
     assert result.exit_code == 0, result.output
     config = sysmt.ArrayConfig(rows=4, cols=3, threads=4, policy="S+aW")
-    expected = sysmt.simulate_gemm(*random_operands(9, 5, 30, 0.6, 0.8, 7), config)
+    expected = sysmt.simulate_gemm(*draw_matrices(9, 5, 30, 0.6, 0.8, 7), config)
     assert np.array_equal(np.load("g/product.npy"), expected.out_mn)
     record = json.loads(Path("g/gemm.json").read_text())
     assert record["tiles"] == 3 * 2
@@ -129,13 +129,13 @@ def test_gemm_takes_operands_from_files(in_tmp):
 
 
 def test_random_operands_have_the_asked_density():
-    a, b = random_operands(200, 200, 200, 0.3, 0.9, 0)
+    a, b = draw_matrices(200, 200, 200, 0.3, 0.9, 0)
     assert (a.dtype, b.dtype) == (np.uint8, np.int8)
     assert (a != 0).mean() == pytest.approx(0.3, abs=0.01)
     assert (b != 0).mean() == pytest.approx(0.9, abs=0.01)
     assert b.min() < -100
     assert b.max() > 100
-    dense, _ = random_operands(50, 50, 50, 1.0, 1.0, 0)
+    dense, _ = draw_matrices(50, 50, 50, 1.0, 1.0, 0)
     assert (dense != 0).all()
 
 

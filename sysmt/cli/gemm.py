@@ -9,19 +9,14 @@ import typer
 
 from sysmt.cli.app import print_table, say
 from sysmt.cli.options import ARRAY, takes
-from sysmt.config import ArrayConfig, Engine, parse_count, parse_threads
-from sysmt.errors import ConfigError, OperandError
+from sysmt.config import ArrayConfig, Engine, parse_threads
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from sysmt.hw.stats import GemmStats
 
-__all__ = ["gemm", "load_operand", "random_operands"]
+__all__ = ["gemm"]
 
 _OPERANDS, _RESULTS = "Operands", "Results"
-SPREAD = 4.0
-"""Standard deviations from 0 to the largest code, in random operands."""
 
 
 def _operand(help: str, **more: Any) -> Any:
@@ -76,6 +71,7 @@ def gemm(
 
     from sysmt.hw.gemm import simulate_gemm
     from sysmt.hw.timing import slot_count, tile_count
+    from sysmt.hw.workload import draw_matrices, read_matrix
 
     config = ArrayConfig(threads=parse_threads(threads), **chosen)
     directory = None
@@ -84,13 +80,13 @@ def gemm(
 
         directory = RunDirectory(out, overwrite=overwrite, stale=("gemm.csv", "gemm.json", "product.npy"))
     try:
-        a_mk = load_operand(a) if a is not None else None
-        b_kn = load_operand(b) if b is not None else None
+        a_mk = read_matrix(a) if a is not None else None
+        b_kn = read_matrix(b) if b is not None else None
         if a_mk is not None:
             m, k = a_mk.shape
         if b_kn is not None:
             n, k = b_kn.shape[1], b_kn.shape[0] if a_mk is None else k
-        drawn = random_operands(m, n, k, activation_density, weight_density, seed)
+        drawn = draw_matrices(m, n, k, activation_density, weight_density, seed)
         a_mk, b_kn = drawn[0] if a_mk is None else a_mk, drawn[1] if b_kn is None else b_kn
         result = simulate_gemm(a_mk, b_kn, config, engine)
         record = {
@@ -131,59 +127,6 @@ def _energy(stats: GemmStats, config: ArrayConfig, m: int, n: int, k: int) -> di
     events = count_events(stats, {Layer.gemm("gemm", m, n, k): 1}, config, memory)
     energy_pj = sum(load_table().energy(events, config, memory).values())
     return {"energy_pj": energy_pj, "energy_delay_pj_cycles": energy_pj * events.cycles}
-
-
-def random_operands(
-    m: int, n: int, k: int, activation_density: float, weight_density: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw operands that look like a trained layer's.
-
-    Activations are half-normal in 1..255 and weights normal in ±1..±127, the largest code at four
-    standard deviations; each is zero with probability 1 - density.
-
-    Returns
-    -------
-    a_mk : uint8 ndarray (M, K)
-    b_kn : int8 ndarray (K, N)
-
-    Raises
-    ------
-    ConfigError
-        If a size is negative or a density outside [0, 1].
-    OperandError
-        If K is above 65,535.
-    """
-    import numpy as np
-
-    from sysmt.hw.operands import MAX_K
-
-    if k > MAX_K:  # before so much is drawn
-        raise OperandError(f"K={k} is too large; it must be at most {MAX_K}")
-    for field, size in (("m", m), ("n", n), ("k", k), ("seed", seed)):
-        parse_count(size, field, minimum=0)
-    for field, density in (("activation_density", activation_density), ("weight_density", weight_density)):
-        if not 0 <= density <= 1:
-            raise ConfigError(f"{field}={density} is out of range; it must be in [0, 1]")
-    rng = np.random.default_rng(seed)
-    a = np.abs(rng.standard_normal((m, k))) * (255 / SPREAD)
-    a = np.clip(np.rint(a), 1, 255) * (rng.random((m, k)) < activation_density)
-    b = rng.standard_normal((k, n)) * (127 / SPREAD)
-    b = np.copysign(np.clip(np.rint(np.abs(b)), 1, 127), b) * (rng.random((k, n)) < weight_density)
-    return a.astype(np.uint8), b.astype(np.int8)
-
-
-def load_operand(path: Path) -> np.ndarray:
-    """Read a matrix from a .npy file, without pickles; raise `OperandError` if it holds none."""
-    import numpy as np
-
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise OperandError(f"{path} cannot be read as a plain .npy array: {error}") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2:
-        shape = getattr(array, "shape", "no single array")
-        raise OperandError(f"{path} holds {shape}; a matrix is needed")
-    return array
 
 
 def _shown(value: Any) -> str:

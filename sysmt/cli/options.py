@@ -14,7 +14,22 @@ from sysmt.config import Drain, Policy, Rounding
 from sysmt.errors import ConfigError
 from sysmt.study.run_config import RunConfig
 
-__all__ = ["ARRAY", "CALIBRATION", "EVERYTHING", "LAYERS", "MACHINE", "NETWORK", "config_values", "takes"]
+__all__ = [
+    "ARRAY",
+    "CALIBRATION",
+    "EVERYTHING",
+    "LAYERS",
+    "MACHINE",
+    "NETWORK",
+    "StudyName",
+    "StudyOut",
+    "StudyOverwrite",
+    "StudyPlots",
+    "StudyStorage",
+    "config_values",
+    "study_option",
+    "takes",
+]
 
 _NETWORK, _ARRAY, _CALIBRATION, _SETTINGS, _MACHINE = (
     "Network and data",
@@ -154,6 +169,34 @@ LAYERS = ("first", "linear", "depthwise")
 CALIBRATION = ("calibration_images", "per_tensor", "percentile", "reorder")
 MACHINE = ("batch_size", "cpu_threads", "seed")
 EVERYTHING = tuple(_OPTIONS)
+
+
+def study_option(help: str, **more: Any) -> Any:
+    """Declare an option of the commands that work on a study."""
+    return typer.Option(help=help, rich_help_panel="Study", **more)
+
+
+StudyOut = Annotated[
+    Path | None,
+    study_option(
+        "Directory for the results; the same command goes on with what is there.",
+        metavar="DIR",
+        show_default="results/COMMAND-MODEL-n",
+    ),
+]
+StudyOverwrite = Annotated[bool, study_option("Start anew in --out.")]
+StudyStorage = Annotated[
+    str | None,
+    study_option(
+        "Database for the study, such as postgresql://USER@HOST/DB.",
+        metavar="URL",
+        show_default="study.db in --out",
+    ),
+]
+StudyName = Annotated[
+    str | None, study_option("Name of the study in its storage.", show_default="COMMAND MODEL")
+]
+StudyPlots = Annotated[bool, study_option("Draw the plots.")]
 
 
 def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

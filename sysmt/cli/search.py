@@ -8,22 +8,30 @@ from typing import Annotated, Any
 import typer
 
 from sysmt.cli.app import say
-from sysmt.cli.options import ARRAY, CALIBRATION, LAYERS, MACHINE, NETWORK, takes
+from sysmt.cli.options import (
+    ARRAY,
+    CALIBRATION,
+    LAYERS,
+    MACHINE,
+    NETWORK,
+    StudyName,
+    StudyOut,
+    StudyOverwrite,
+    StudyPlots,
+    StudyStorage,
+    takes,
+)
 from sysmt.cli.sweep import print_points
 from sysmt.errors import ConfigError
 from sysmt.study.run_config import RECALIBRATION_MODES, RunConfig
 
 __all__ = ["search"]
 
-_SEARCH, _STUDY = "Search", "Study"
+_SEARCH = "Search"
 
 
 def _search(help: str, **more: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=_SEARCH, **more)
-
-
-def _study(help: str, **more: Any) -> Any:
-    return typer.Option(help=help, rich_help_panel=_STUDY, **more)
 
 
 @takes(*NETWORK, "prune", "images", "recalibration_images", *LAYERS, *ARRAY, *CALIBRATION, *MACHINE)
@@ -59,27 +67,11 @@ def search(
     baselines: Annotated[
         bool, _search("Evaluate as many uniform, random and greedy (highest MSE first) maps, too.")
     ] = False,
-    out: Annotated[
-        Path | None,
-        _study(
-            "Directory for the results; the same command goes on with what is there.",
-            metavar="DIR",
-            show_default="results/search-MODEL-n",
-        ),
-    ] = None,
-    overwrite: Annotated[bool, _study("Start anew in --out.")] = False,
-    storage: Annotated[
-        str | None,
-        _study(
-            "Database for the study, such as postgresql://USER@HOST/DB.",
-            metavar="URL",
-            show_default="study.db in --out",
-        ),
-    ] = None,
-    study: Annotated[
-        str | None, _study("Name of the study in its storage.", show_default="search MODEL")
-    ] = None,
-    plots: Annotated[bool, _study("Draw the plots.")] = True,
+    out: StudyOut = None,
+    overwrite: StudyOverwrite = False,
+    storage: StudyStorage = None,
+    study: StudyName = None,
+    plots: StudyPlots = True,
 ) -> None:
     """Find threads for each layer: the best accuracy for every speedup.
 

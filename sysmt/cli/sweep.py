@@ -8,22 +8,31 @@ from typing import Annotated, Any
 import typer
 
 from sysmt.cli.app import print_table, say
-from sysmt.cli.options import ARRAY, CALIBRATION, LAYERS, MACHINE, NETWORK, takes
+from sysmt.cli.options import (
+    ARRAY,
+    CALIBRATION,
+    LAYERS,
+    MACHINE,
+    NETWORK,
+    StudyName,
+    StudyOut,
+    StudyOverwrite,
+    StudyPlots,
+    StudyStorage,
+    study_option,
+    takes,
+)
 from sysmt.config import parse_count
 from sysmt.errors import ConfigError
 from sysmt.study.run_config import RunConfig
 
 __all__ = ["sweep"]
 
-_POINTS, _STUDY = "Points", "Study"
+_POINTS = "Points"
 
 
 def _points(help: str, **more: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=_POINTS, **more)
-
-
-def _study(help: str, **more: Any) -> Any:
-    return typer.Option(help=help, rich_help_panel=_STUDY, **more)
 
 
 @takes(
@@ -67,30 +76,14 @@ def sweep(
             show_default="off",
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
-        _study(
-            "Directory for the results; the same command goes on with what is there.",
-            metavar="DIR",
-            show_default="results/sweep-MODEL-n",
-        ),
-    ] = None,
-    overwrite: Annotated[bool, _study("Start anew in --out.")] = False,
-    storage: Annotated[
-        str | None,
-        _study(
-            "Database for the study, such as postgresql://USER@HOST/DB.",
-            metavar="URL",
-            show_default="study.db in --out",
-        ),
-    ] = None,
-    study: Annotated[
-        str | None, _study("Name of the study in its storage.", show_default="sweep MODEL")
-    ] = None,
-    workers: Annotated[int, _study("Processes on this machine, which share its CPUs.")] = 1,
+    out: StudyOut = None,
+    overwrite: StudyOverwrite = False,
+    storage: StudyStorage = None,
+    study: StudyName = None,
+    workers: Annotated[int, study_option("Processes on this machine, which share its CPUs.")] = 1,
     join: Annotated[
         str | None,
-        _study(
+        study_option(
             "Help with a sweep or search that was started elsewhere: its URL, study.db, or directory. Takes "
             "the configuration from there; name --weights and --data where they lie elsewhere.",
             metavar="STORAGE",
@@ -99,9 +92,11 @@ def sweep(
     ] = None,
     export: Annotated[
         Path | None,
-        _study("Write the points also to this CSV.", metavar="FILE", show_default="points.csv in --out"),
+        study_option(
+            "Write the points also to this CSV.", metavar="FILE", show_default="points.csv in --out"
+        ),
     ] = None,
-    plots: Annotated[bool, _study("Draw the plots.")] = True,
+    plots: StudyPlots = True,
 ) -> None:
     """Evaluate many settings of a network: thread maps x policies x sparsities x recalibration.
 

@@ -15,9 +15,10 @@ from sysmt.hw.events import EventCounts, count_events
 from sysmt.hw.gemm import simulate_gemm
 from sysmt.hw.layer import Layer
 from sysmt.hw.memory import Memory, Traffic, layer_traffic
+from sysmt.hw.operands import MAX_K
 from sysmt.hw.stats import GemmStats
 
-__all__ = ["LayerResult", "draw_operands", "read_matrix", "read_operands", "simulate_layer"]
+__all__ = ["LayerResult", "draw_matrices", "draw_operands", "read_matrix", "read_operands", "simulate_layer"]
 
 SPREAD = 4.0
 """Standard deviations from 0 to the largest code, in drawn operands."""
@@ -138,22 +139,70 @@ def draw_operands(
     ConfigError
         If a density is outside [0, 1] or the seed is negative.
     """
-    for field, density in (("activation_density", activation_density), ("weight_density", weight_density)):
-        if not 0 <= density <= 1:
-            raise ConfigError(f"{field}={density} is out of range; it must be in [0, 1]")
+    _check_densities(activation_density, weight_density)
     seeds = [parse_count(part, "seed", minimum=0) for part in ([seed] if isinstance(seed, int) else seed)]
     rng = np.random.default_rng(seeds)
-    size = (layer.channels, *layer.ifmap)
-    pixels = np.clip(np.rint(np.abs(rng.standard_normal(size)) * (255 / SPREAD)), 1, 255)
-    pixels *= rng.random(size) < activation_density
-    weights = rng.standard_normal((layer.k, layer.n)) * (127 / SPREAD)
-    weights = np.copysign(np.clip(np.rint(np.abs(weights)), 1, 127), weights)
-    weights *= rng.random(weights.shape) < weight_density
+    pixels = _draw_activations((layer.channels, *layer.ifmap), activation_density, rng)
+    weights = _draw_weights((layer.k, layer.n), weight_density, rng)
     kept, of = layer.density
     if kept < of:
         ranks = rng.random((-(-layer.k // of), of, layer.n)).argsort(axis=1).argsort(axis=1)
         weights *= (ranks < kept).reshape(-1, layer.n)[: layer.k]
-    return layer.im2col(pixels.astype(np.uint8)), weights.astype(np.int8)
+    return layer.im2col(pixels), weights
+
+
+def draw_matrices(
+    m: int, n: int, k: int, activation_density: float, weight_density: float, seed: int = 0
+) -> Operands:
+    """Draw the operands of a GEMM without windows, distributed as those of `draw_operands`.
+
+    Parameters
+    ----------
+    m, n, k : int
+        At least 0.
+    activation_density, weight_density : float
+        Share of non-zero values, in [0, 1].
+    seed : int
+
+    Returns
+    -------
+    a_mk : uint8 ndarray (M, K)
+    b_kn : int8 ndarray (K, N)
+
+    Raises
+    ------
+    ConfigError
+        If a size is negative or a density outside [0, 1].
+    OperandError
+        If K is above 65,535.
+    """
+    if k > MAX_K:  # before so much is drawn
+        raise OperandError(f"K={k} is too large; it must be at most {MAX_K}")
+    for field, size in (("m", m), ("n", n), ("k", k), ("seed", seed)):
+        parse_count(size, field, minimum=0)
+    _check_densities(activation_density, weight_density)
+    rng = np.random.default_rng(seed)
+    a_mk = _draw_activations((m, k), activation_density, rng)
+    return a_mk, _draw_weights((k, n), weight_density, rng)
+
+
+def _check_densities(activation_density: float, weight_density: float) -> None:
+    for field, density in (("activation_density", activation_density), ("weight_density", weight_density)):
+        if not 0 <= density <= 1:
+            raise ConfigError(f"{field}={density} is out of range; it must be in [0, 1]")
+
+
+def _draw_activations(size: tuple[int, ...], density: float, rng: np.random.Generator) -> np.ndarray:
+    codes = np.clip(np.rint(np.abs(rng.standard_normal(size)) * (255 / SPREAD)), 1, 255).astype(np.uint8)
+    codes[rng.random(size) >= density] = 0
+    return codes
+
+
+def _draw_weights(size: tuple[int, ...], density: float, rng: np.random.Generator) -> np.ndarray:
+    drawn = rng.standard_normal(size) * (127 / SPREAD)
+    codes = np.copysign(np.clip(np.rint(np.abs(drawn)), 1, 127), drawn).astype(np.int8)
+    codes[rng.random(size) >= density] = 0
+    return codes
 
 
 def read_operands(layer: Layer, directory: str | Path) -> Operands:
