@@ -200,7 +200,7 @@ def _draw_activations(size: tuple[int, ...], density: float, rng: np.random.Gene
 
 def _draw_weights(size: tuple[int, ...], density: float, rng: np.random.Generator) -> np.ndarray:
     drawn = rng.standard_normal(size) * (127 / SPREAD)
-    codes = np.copysign(np.clip(np.rint(np.abs(drawn)), 1, 127), drawn).astype(np.int8)
+    codes: np.ndarray = np.copysign(np.clip(np.rint(np.abs(drawn)), 1, 127), drawn).astype(np.int8)
     codes[rng.random(size) >= density] = 0
     return codes
 
