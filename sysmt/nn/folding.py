@@ -226,6 +226,8 @@ def _obstacle(
     """Say why a BatchNorm cannot be folded, or return ``None``."""
     if batchnorm.running_mean is None:
         return "it keeps no running statistics"
+    if type(batchnorm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return f"it is a {type(batchnorm).__name__}, which does more than scale and shift"
     if flow.runs[batchnorm] != 1:
         times = flow.runs[batchnorm]
         return f"the forward pass runs it {times} times" if times else "the forward pass never runs it"
