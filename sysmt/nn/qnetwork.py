@@ -218,8 +218,10 @@ class _QBatchNorm(_QLayer):
 
     def _run(self, x: Tensor) -> Tensor:
         of_input, of_output = self.formats
-        if self.module.training:  # recalibration: normalised in float by the batch
-            return _values(self._codes(self.original_forward(x), of_output), of_output)
+        if self.module.training:  # recalibration: normalised in float by the batch, then rounded down, too
+            fine = QFormat(of_output.fraction_bits + 16, 32)
+            codes = self._codes(self.original_forward(x), fine)
+            return _values(requantize(codes, fine.fraction_bits, of_output), of_output)
         scale, bias = self.coefficients()
         of_scale, of_bias = (QFormat.of(values, self.network.bits) for values in (scale, bias))
         codes = scale_and_shift(

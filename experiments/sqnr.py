@@ -1,0 +1,345 @@
+"""Does BatchNorm win back the SQNR that 8-bit convolutions lose?  Q format and squeezed threads together.
+
+Seed 002 ("Batch Normalization: A different perspective from Quantized Inference Model") quantises the
+first convolution and BatchNorm of ResNet-50 and finds 25.58 dB at the input, -4.4 dB after the
+convolution and 20.98 dB after BatchNorm. Here every convolution runs in Q format on the array, at one, two
+and four threads and with formats of 8, 6 and 4 bits, and three ratios are told apart: of all values, of
+each channel around its means (which a factor and an offset per channel cannot change), and of the
+channels' means alone (the curves of the article's figures). BatchNorm's statistics are the float
+network's, or regathered under the noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import experiment
+import numpy as np
+import pandas as pd
+import typer
+from experiment import Out, Preset, Quick, Workload, markdown, percent, signed
+from matplotlib.axes import Axes
+
+from sysmt.cli.options import takes
+from sysmt.errors import ConfigError
+from sysmt.nn.qnetwork import QNetwork
+from sysmt.progress import Bar, progress_bar
+from sysmt.quant.error import sqnr_db
+from sysmt.study.evaluate import paired_difference
+from sysmt.study.ledger import Ledger
+from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.subject import Subject
+
+KEYS = ("network", "bits", "threads", "run")
+FLOAT, PLAIN, RECALIBRATED, ISOLATED = "float", "as calibrated", "recalibrated", "isolated"
+BITS = (8, 6, 4)
+THREADS = (1, 2, 4)
+SHARED = ("resnet20",)
+MODE = "cumulative"
+COMPARED_IMAGES = 256
+"""Test images (at most) that are compared value by value; accuracy is that of all of them."""
+
+STAGES = {"input": "input", "conv": "convolution", "bn, exact": "BatchNorm in float", "bn": "BatchNorm"}
+RATIOS = {
+    "sqnr_db": "all values",
+    "channel_sqnr_db": "around channel means",
+    "curve_sqnr_db": "channel means",
+}
+ARTICLE = {"input": 25.58, "conv": -4.4, "bn": 20.98}
+"""What seed 002 measured, dB."""
+
+
+@takes(*experiment.OPTIONS)
+def sqnr(
+    chosen: dict[str, Any],
+    preset: Preset = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Bits of the formats, 2 to 8.", metavar="LIST", show_default="8,6,4")
+    ] = None,
+    quick: Quick = False,
+    out: Out = None,
+) -> None:
+    """Measure SQNR through input, convolution and BatchNorm of every layer, at 1T, 2T and 4T."""
+    networks = experiment.workloads(chosen, preset, quick, SHARED)
+    widths = _parse(bits) if bits else BITS[:1] if quick else BITS
+    with experiment.open_ledger("sqnr", networks, KEYS, out, preset, quick, mode=MODE) as ledger:
+        points = [point for network in networks for point in points_of(network.name, widths)]
+        with progress_bar("sqnr", len(points), "points") as bar:
+            for network in networks:
+                measure(network, widths, ledger, bar)
+        pairs = pd.concat([pairs_of(ledger, points, network.name) for network in networks], ignore_index=True)
+        ledger.write("sqnr.csv", pairs)
+        layout = "\n".join(layout_of(ledger, pairs, points, network.name) for network in networks)
+        ledger.write_text("sqnr.md", layout)
+        for index, network in enumerate(networks):
+            name = "sqnr.png" if not index else f"sqnr-{index + 1}.png"
+            draw(ledger, pairs[pairs["network"] == network.name], ledger.path / name, network.name, widths[0])
+        print(layout)
+
+
+def _parse(text: str) -> tuple[int, ...]:
+    try:
+        widths = tuple(sorted({int(part) for part in text.split(",")}, reverse=True))
+    except ValueError:
+        raise ConfigError(f"bits={text!r} is no list of widths, such as 8,6,4") from None
+    if not 2 <= widths[-1] <= widths[0] <= 8:
+        raise ConfigError(f"bits={text!r} must lie in 2 .. 8, what the array's operands hold")
+    return widths
+
+
+def points_of(network: str, widths: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the keys of all points of one network, the float network first."""
+    runs = itertools.product(widths, THREADS, (PLAIN, RECALIBRATED, ISOLATED))
+    return [dict(zip(KEYS, (network, *rest), strict=True)) for rest in ((0, 0, FLOAT), *runs)]
+
+
+# -- the measurements --------------------------------------------------------------------------
+
+
+def measure(network: Workload, widths: Sequence[int], ledger: Ledger, bar: Bar) -> None:
+    """Measure what is missing of one network."""
+    points = points_of(network.name, widths)
+    missing = [point for point in points if not ledger.has(**point)]
+    bar.advance(len(points) - len(missing))
+    if not missing:
+        return
+    subject = network.open(ledger)
+    if missing[0]["run"] == FLOAT:
+        evaluation = subject.evaluate(FLOAT)
+        ledger.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
+        bar.advance(1)
+    reference = ledger.correct(**points[0])
+    for width in widths:
+        here = [point for point in missing if point["bits"] == width]
+        if not here:
+            continue
+        with QNetwork(subject.model, network.config.array().replace(threads=1), bits=width) as q:
+            loader = subject.training_images(network.config.calibration_images, network.config.seed)
+            q.calibrate(loader, loader.images)
+            for point in here:
+                q.set_threads(point["threads"])
+                _measure_point(point, q, subject, network, reference, ledger)
+                bar.advance(1, f"{width} bits {point['threads']}T {point['run']}")
+
+
+def _measure_point(
+    point: dict[str, Any],
+    q: QNetwork,
+    subject: Subject,
+    network: Workload,
+    reference: np.ndarray,
+    ledger: Ledger,
+) -> None:
+    config = network.config
+    images = min(COMPARED_IMAGES, config.images or COMPARED_IMAGES)
+    test = subject.data.loader("test", images=min(images, subject.data.images("test")), batch_size=32)
+    what = f"{point['bits']} bits {point['threads']}T"
+    if point["run"] == ISOLATED:
+        stages = q.compare(test, isolated=True)
+        ledger.add(point, tables=_tables(q, stages))
+        return
+    if point["run"] == RECALIBRATED:
+        with subject.recalibrated(MODE, config.recalibration_images, config.seed):
+            stages, evaluation = q.compare(test), subject.evaluate(what)
+    else:
+        stages, evaluation = q.compare(test), subject.evaluate(what)
+    difference, standard_error = paired_difference(evaluation.correct, reference)
+    values = {**evaluation.to_record(), "difference": difference, "difference_se": standard_error}
+    ledger.add(point | values, evaluation.correct, _tables(q, stages))
+
+
+def _tables(q: QNetwork, stages: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the stages, and the channel means of all of them."""
+    channels = []
+    curve = []
+    for layer, stage in stages[["layer", "stage"]].itertuples(index=False):
+        means = q.channels(layer, stage)
+        channels.append(means.assign(layer=layer, stage=stage))
+        curve.append(sqnr_db(means["float"], means["quantized"]))
+    tables = {"stages": stages.assign(curve_sqnr_db=curve)}
+    return tables | {"channels": pd.concat(channels, ignore_index=True)}
+
+
+# -- the results -------------------------------------------------------------------------------
+
+
+def _table(ledger: Ledger, name: str) -> pd.DataFrame:
+    return pd.read_csv(ledger.path / f"{name}.csv", keep_default_na=False, na_values=["nan", ""])
+
+
+def pairs_of(ledger: Ledger, points: Sequence[dict[str, Any]], network: str) -> pd.DataFrame:
+    """Join each BatchNorm with the convolution it follows.
+
+    Returns
+    -------
+    DataFrame
+        A row per point, pair and ratio (one of `RATIOS`): ``input, conv, bn, bn, exact``, dB; the gains
+        ``won`` = bn - conv and ``won_exact``; ``mean_error_conv`` and ``mean_error_bn`` in steps of their
+        formats; ``collision_rate``; ``first``, whether it is the network's first pair.
+    """
+    stages = _table(ledger, "stages").merge(pd.DataFrame(points), on=list(KEYS))
+    stages = stages[stages["network"] == network]
+    rows = []
+    for key, here in stages.groupby(list(KEYS), sort=False):
+        by_stage = here.set_index(["layer", "stage"])
+        followers = here[(here["stage"] == "bn") & here["follows"].notna()]
+        for number, (layer, conv) in enumerate(followers[["layer", "follows"]].itertuples(index=False)):
+            places = {"input": conv, "conv": conv, "bn": layer, "bn, exact": layer}
+            for column, ratio in RATIOS.items():
+                db = {stage: by_stage.loc[(where, stage), column] for stage, where in places.items()}
+                errors = {
+                    f"mean_error_{stage}": by_stage.loc[(places[stage], stage), "mean_error"]
+                    / by_stage.loc[(places[stage], stage), "step"]
+                    for stage in ("conv", "bn")
+                }
+                rows.append(
+                    {
+                        **dict(zip(KEYS, key, strict=True)),
+                        "layer": layer,
+                        "follows": conv,
+                        "first": number == 0,
+                        "ratio": ratio,
+                        **db,
+                        "won": db["bn"] - db["conv"],
+                        "won_exact": db["bn, exact"] - db["conv"],
+                        **errors,
+                        "collision_rate": by_stage.loc[(conv, "conv"), "collision_rate"],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def layout_of(ledger: Ledger, pairs: pd.DataFrame, points: Sequence[dict[str, Any]], network: str) -> str:
+    """Lay out one network's results: the first pair by stages, all pairs by what BatchNorm won, accuracy."""
+    here = pairs[pairs["network"] == network]
+    measured = ledger.points().merge(pd.DataFrame(points), on=list(KEYS)).set_index(list(KEYS))
+    runs = list(dict.fromkeys(zip(here["bits"], here["threads"], strict=True)))
+
+    first = here[here["first"] & here["run"].isin([PLAIN, RECALIBRATED])]
+    cells = first.set_index(["bits", "threads", "run", "ratio"])
+    header = [f"{network}: first pair, dB", *(f"{STAGES[stage]}" for stage in ("input", "conv", "bn"))]
+    header += ["recalibrated", *(f"{ratio}: conv → BN" for ratio in list(RATIOS.values())[1:])]
+    rows = []
+    for bits, threads in runs:
+        total = cells.loc[(bits, threads, PLAIN, RATIOS["sqnr_db"])]
+        row = [f"{bits} bits, {threads}T", *(f"{total[stage]:.1f}" for stage in ("input", "conv", "bn"))]
+        row.append(f"{cells.loc[(bits, threads, RECALIBRATED, RATIOS['sqnr_db']), 'bn']:.1f}")
+        for ratio in list(RATIOS.values())[1:]:
+            one = cells.loc[(bits, threads, PLAIN, ratio)]
+            row.append(f"{one['conv']:.1f} → {one['bn']:.1f}")
+        rows.append(row)
+    stages = markdown(header, rows)
+
+    header = [f"{network}: all pairs, dB won by BatchNorm", *RATIOS.values(), "all values, exact BatchNorm"]
+    header += ["all values, recalibrated", "top-1, %", "recalibrated, %", "won back, points"]
+    rows = []
+    for bits, threads in runs:
+        row = [f"{bits} bits, {threads}T"]
+        mine = here[(here["bits"] == bits) & (here["threads"] == threads)]
+        isolated = mine[mine["run"] == ISOLATED]
+        row += [_spread(isolated.loc[isolated["ratio"] == ratio, "won"]) for ratio in RATIOS.values()]
+        total = mine[mine["ratio"] == RATIOS["sqnr_db"]]
+        row.append(_spread(total.loc[total["run"] == ISOLATED, "won_exact"]))
+        row.append(_spread(total.loc[total["run"] == RECALIBRATED, "won"]))
+        keys = [(network, bits, threads, run) for run in (PLAIN, RECALIBRATED)]
+        row += [f"{percent(measured.loc[key, 'top1'])}" for key in keys]
+        plain, again = (ledger.correct(**dict(zip(KEYS, key, strict=True))) for key in keys)
+        gain, error = paired_difference(again, plain)
+        row.append(f"{signed(gain)} ± {100 * error:.2f}")
+        rows.append(row)
+    whole = markdown(header, rows)
+    reference = measured.loc[(network, 0, 0, FLOAT)]
+    note = (
+        f"Float {percent(reference['top1'])} %, {int(reference['images']):,} test images; at most "
+        f"{COMPARED_IMAGES} of them are compared value by value. The article: "
+        f"{' → '.join(f'{value:g}' for value in ARTICLE.values())} dB. All pairs: mean ± standard deviation "
+        "over the pairs, each convolution given the float network's input; recalibrated: in the running "
+        "network. Exact: BatchNorm in float, of the quantised convolution. Around channel means: median over "
+        "channels. "
+        "Won back: by recalibration, ± one standard error, paired by image.\n"
+    )
+    return f"{stages}\n{whole}\n{note}"
+
+
+def _spread(values: pd.Series) -> str:
+    return f"{values.mean():+.1f} ± {values.std(ddof=0):.1f}"
+
+
+def draw(ledger: Ledger, pairs: pd.DataFrame, path: Path, title: str, bits: int) -> None:
+    """Draw the article's figures for the first pair, and what BatchNorm wins at every pair."""
+    channels = _table(ledger, "channels")
+    here = channels[
+        (channels["network"] == pairs["network"].iloc[0])
+        & (channels["bits"] == bits)
+        & (channels["run"] == PLAIN)
+    ]
+    first = pairs[pairs["first"] & (pairs["bits"] == bits) & (pairs["run"] == PLAIN)]
+    conv, bn = first[["follows", "layer"]].iloc[0]
+    with figure(path, width_in=11.5, height_in=6.0) as (drawing, axes):
+        axes.remove()
+        panels = drawing.subplots(2, 3, height_ratios=[3, 2])
+        for column, (layer, stage) in enumerate(((conv, "conv"), (bn, "bn"))):
+            curves = here[(here["layer"] == layer) & (here["stage"] == stage)]
+            _curves(panels[0, column], panels[1, column], curves)
+            panels[0, column].set_title(f"{title}: {layer}, {bits} bits" if not column else layer)
+        panels[0, 0].set_ylabel("mean of each channel")
+        panels[1, 0].set_ylabel("quantised minus float")
+        _through_the_stages(panels[0, 2], first)
+        _won(panels[1, 2], pairs, bits)
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        drawing.legend(handles, labels, loc="outside lower left", ncols=4)
+
+
+def _curves(above: Axes, below: Axes, curves: pd.DataFrame) -> None:
+    """Draw float against quantised channel means, and their differences with their mean."""
+    float_ = curves[curves["threads"] == 1]
+    above.plot(float_["channel"], float_["float"], color=FLOAT_GREY, linewidth=2.4, label="float")
+    for index, threads in enumerate(THREADS):
+        rows = curves[curves["threads"] == threads]
+        # Where threads coincide, the larger marker below shows around the smaller.
+        style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 6.5 - 2 * index}
+        style["linewidth"] = 0.9
+        above.plot(rows["channel"], rows["quantized"], label=f"{threads}T", **style)
+        below.plot(rows["channel"], rows["difference"], **style)
+        below.axhline(rows["difference"].mean(), color=COLOURS[index], linestyle="--", linewidth=0.8)
+    below.set_xlabel("channel (dashed: mean over channels)")
+
+
+def _through_the_stages(axes: Axes, first: pd.DataFrame) -> None:
+    """Draw SQNR at input, convolution and BatchNorm: all values, and around the channels' means."""
+    names = ("input", "conv", "bn")
+    lines = dict(zip(RATIOS.values(), ("-", ":", "--"), strict=True))
+    for index, threads in enumerate(THREADS):
+        for ratio, line in lines.items():
+            row = first[(first["threads"] == threads) & (first["ratio"] == ratio)].iloc[0]
+            axes.plot(
+                range(3), [row[name] for name in names], color=COLOURS[index], marker=MARKERS[index],
+                linestyle=line, label=ratio if not index else None,
+            )  # fmt: skip
+    axes.plot(range(3), list(ARTICLE.values()), color=FLOAT_GREY, marker="x", linestyle="-.", label="article")
+    axes.set_xticks(range(3), [STAGES[name] for name in names])
+    axes.set_ylabel("SQNR, dB")
+    axes.set_title("first pair")
+    axes.legend(fontsize=7, handlelength=4)
+
+
+def _won(axes: Axes, pairs: pd.DataFrame, bits: int) -> None:
+    """Draw BatchNorm's gain at every pair: in Q format, and the exact one."""
+    rows = pairs[(pairs["bits"] == bits) & (pairs["run"] == ISOLATED)]
+    rows = rows[rows["ratio"] == RATIOS["sqnr_db"]]
+    axes.axhline(0, color=FLOAT_GREY, linewidth=1)
+    for index, threads in enumerate(THREADS):
+        here = rows[rows["threads"] == threads]
+        places = np.arange(len(here)) + 0.15 * (index - 1)
+        style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": "none", "markersize": 4}
+        axes.plot(places, here["won"], **style)
+        axes.plot(places, here["won_exact"], markerfacecolor="white", **style)
+    axes.set_xlabel("pair of convolution and BatchNorm (white: BatchNorm in float)")
+    axes.set_ylabel("won by BatchNorm, dB")
+
+
+if __name__ == "__main__":
+    experiment.main(sqnr)
