@@ -88,172 +88,166 @@ void regions_release(Regions *regions) {
 
 int64_t counts_length(const Regions *regions, const Layer *layer) {
     return layer->shape.groups * layer->quads * slots_per_quad(&layer->rule) * regions->regions *
-           activations_length(layer->rule.threads);
+           tally_length(layer->rule.threads, tally_kind(&layer->rule));
 }
 
 /* ---- counting ---- */
 
-/* The channels of one slot in one phase, at column 0 of the job's first phase row. */
+/* One phase of a job. */
 typedef struct {
     const StageArguments *stage;
     const Regions *regions;
-    const uint8_t *channel[MAX_THREADS]; /* NULL: padding */
     int phase;
-    int64_t *counts; /* of the phase's first region */
-} SlotArguments;
+    int64_t first_row;          /* phase row at which the stage begins */
+    int64_t own_first, own_end; /* phase rows that are this job's to count */
+    int64_t first, end;         /* slots */
+    int64_t *counts;            /* of the phase's first region in the first slot */
+} Share;
 
-/* Add `count` bytes to one region, or to a row of regions: all of them, then those in each column edge. */
-static void count_bytes(const SlotArguments *slot, int64_t from, int64_t count, int64_t region,
+/* Add `count` bytes of every slot, from a place in phase row `row` on, to one region; or to a row of regions:
+ * all of them, then those in each column edge. */
+static void count_bytes(const Share *share, int64_t row, int64_t column, int64_t count, int64_t region,
                         bool by_columns) {
-    const SlotRule *rule = &slot->stage->layer->rule;
-    const PhaseRegions *of = &slot->regions->phases[slot->phase];
-    CountArguments arguments = {.count = count,
-                                .threads = rule->threads,
-                                .is_signed = rule->is_signed,
+    const StageArguments *stage = share->stage;
+    const Layer *layer = stage->layer;
+    const Geometry *geometry = stage->geometry;
+    const SlotRule *rule = &layer->rule;
+    const PhaseRegions *of = &share->regions->phases[share->phase];
+    int64_t slots = layer->quads * slots_per_quad(rule),
+            length = tally_length(rule->threads, tally_kind(rule));
+    CountArguments arguments = {.rule = rule,
+                                .slots = share->end - share->first,
+                                .channel_of =
+                                    layer->channel_of + (stage->group * slots + share->first) * rule->threads,
+                                .bytes = staged(stage, 0, share->phase) + geometry->guard +
+                                         (row - share->first_row) * geometry->pitch + column,
+                                .channel_stride = geometry->phase_count * geometry->stride,
+                                .count = count,
                                 .masks = of->masks,
                                 .columns = by_columns ? of->column_edges.count : 0,
-                                .mask_stride = slot->regions->blocks,
-                                .counts = slot->counts + region * activations_length(rule->threads)};
-    for (int t = 0; t < rule->threads; t++)
-        arguments.channel[t] = slot->channel[t] ? slot->channel[t] + from : NULL;
-    slot->stage->ops->count(&arguments);
+                                .mask_stride = share->regions->blocks,
+                                .counts = share->counts + region * length,
+                                .counts_stride = share->regions->regions * length};
+    stage->ops->count(&arguments);
 }
 
 /* The plain way, for kernels that reach far beyond the edges: every tap counts its own pixels. */
-static void count_tap_by_tap(const SlotArguments *slot, int64_t first_row, int64_t own_first,
-                             int64_t own_end) {
-    const Geometry *geometry = slot->stage->geometry;
-    for (int64_t tap = 0; tap < slot->stage->layer->taps; tap++) {
+static void count_tap_by_tap(const Share *share) {
+    const Geometry *geometry = share->stage->geometry;
+    for (int64_t tap = 0; tap < share->stage->layer->taps; tap++) {
         const Tap *at = &geometry->taps[tap];
-        if (at->phase != slot->phase)
-            continue;
         int64_t column = max64(0, at->dx);
-        int64_t columns = min64(geometry->phases[slot->phase].width, geometry->out_width + at->dx) - column;
-        for (int64_t row = own_first; row < own_end && columns > 0; row++)
+        int64_t columns = min64(geometry->phases[share->phase].width, geometry->out_width + at->dx) - column;
+        if (at->phase != share->phase || columns <= 0)
+            continue;
+        for (int64_t row = share->own_first; row < share->own_end; row++)
             if (!misses(row, at->dy, geometry->out_height))
-                count_bytes(slot, (row - first_row) * geometry->pitch + column, columns, tap, false);
+                count_bytes(share, row, column, columns, tap, false);
     }
 }
 
-static void count_slot(const SlotArguments *slot) {
-    const StageArguments *stage = slot->stage;
-    const Geometry *geometry = stage->geometry;
-    int64_t pitch = geometry->pitch;
-    if (geometry->is_pointwise) {
-        count_bytes(slot, 0, stage->rows * pitch, 0, false);
-        return;
-    }
-    const PhaseRegions *of = &slot->regions->phases[slot->phase];
-    int64_t y = geometry_row(geometry, stage->first_row).y;
-    /* The rows between this job's first and the next job's first are its own; the last takes the rest. */
-    bool is_last = y + stage->rows == geometry->out_height;
-    int64_t first_row = y + geometry->dy_min, own_first = max64(0, first_row);
-    int64_t own_end = first_row + stage->rows + (is_last ? geometry->dy_max - geometry->dy_min : 0);
-    own_end = max64(own_first, min64(own_end, of->rows));
-    if (of->is_tap_by_tap) {
-        count_tap_by_tap(slot, first_row, own_first, own_end);
-        return;
-    }
-    count_bytes(slot, (own_first - first_row) * pitch, (own_end - own_first) * pitch, 0, true);
+static void count_by_edges(const Share *share) {
+    const Geometry *geometry = share->stage->geometry;
+    const PhaseRegions *of = &share->regions->phases[share->phase];
+    count_bytes(share, share->own_first, 0, (share->own_end - share->own_first) * geometry->pitch, 0, true);
     for (int i = 0; i < of->row_edges.count; i++) {
         int64_t row = of->row_edges.at[i];
-        if (row >= own_first && row < own_end)
-            count_bytes(slot, (row - first_row) * pitch, geometry->phases[slot->phase].width,
+        if (row >= share->own_first && row < share->own_end)
+            count_bytes(share, row, 0, geometry->phases[share->phase].width,
                         (i + 1) * (1 + of->column_edges.count), true);
     }
+}
+
+/* The rows between this job's first and the next job's first are its own; an image's last job takes the rest.
+ */
+static void find_own_rows(Share *share) {
+    const StageArguments *stage = share->stage;
+    const Geometry *geometry = stage->geometry;
+    int64_t y = geometry_row(geometry, stage->first_row).y, exist = share->regions->phases[share->phase].rows;
+    bool is_last = y + stage->rows == geometry->out_height;
+    share->first_row = y + geometry->dy_min;
+    share->own_first = max64(0, share->first_row);
+    share->own_end = share->first_row + stage->rows + (is_last ? geometry->dy_max - geometry->dy_min : 0);
+    share->own_end = max64(share->own_first, min64(share->own_end, exist));
 }
 
 void count_quads(const StageArguments *stage, const Regions *regions, int64_t first, int64_t end,
                  int64_t *counts) {
     const Layer *layer = stage->layer;
-    int threads = layer->rule.threads, per_quad = slots_per_quad(&layer->rule);
-    int64_t length = activations_length(threads);
-    for (int64_t i = first * per_quad; i < end * per_quad; i++) {
-        int64_t in_layer = stage->group * layer->quads * per_quad + i;
-        const int32_t *channels = layer->channel_of + in_layer * threads;
-        for (int phase = 0; phase < regions->phase_count; phase++) {
-            int64_t region = in_layer * regions->regions + regions->phases[phase].first_region;
-            SlotArguments slot = {
-                .stage = stage, .regions = regions, .phase = phase, .counts = counts + region * length};
-            for (int t = 0; t < threads; t++)
-                slot.channel[t] =
-                    channels[t] < 0 ? NULL : staged(stage, channels[t], phase) + stage->geometry->guard;
-            count_slot(&slot);
+    const SlotRule *rule = &layer->rule;
+    int64_t per_quad = slots_per_quad(rule), length = tally_length(rule->threads, tally_kind(rule));
+    for (int phase = 0; phase < regions->phase_count; phase++) {
+        const PhaseRegions *of = &regions->phases[phase];
+        Share share = {.stage = stage,
+                       .regions = regions,
+                       .phase = phase,
+                       .first = first * per_quad,
+                       .end = end * per_quad};
+        int64_t in_layer = stage->group * layer->quads * per_quad + share.first;
+        share.counts = counts + (in_layer * regions->regions + of->first_region) * length;
+        if (stage->geometry->is_pointwise) {
+            count_bytes(&share, 0, 0, stage->rows * stage->geometry->pitch, 0, false);
+            continue;
         }
+        find_own_rows(&share);
+        if (of->is_tap_by_tap)
+            count_tap_by_tap(&share);
+        else
+            count_by_edges(&share);
     }
 }
 
 /* ---- folding ---- */
 
-/* How often a tap sees what a region holds: 1, 0 or -1. */
-static int sign_of(const Geometry *geometry, const PhaseRegions *of, int64_t region, int64_t tap) {
-    if (geometry->is_pointwise || of->is_tap_by_tap)
-        return region == tap;
+/* Whether a tap's pixels are known from what a region holds, with the region's sign. */
+static bool sees(const Geometry *geometry, const PhaseRegions *of, int phase, int64_t region, int64_t tap) {
     const Tap *at = &geometry->taps[tap];
+    if (geometry->is_pointwise || of->is_tap_by_tap)
+        return region == tap && at->phase == phase;
     int64_t columns = 1 + of->column_edges.count, i = region / columns, j = region % columns;
-    if (i && !misses(of->row_edges.at[i - 1], at->dy, geometry->out_height))
-        return 0;
-    if (j && !misses(of->column_edges.at[j - 1], at->dx, geometry->out_width))
-        return 0;
-    return !i == !j ? 1 : -1;
+    return at->phase == phase && (i == 0 || misses(of->row_edges.at[i - 1], at->dy, geometry->out_height)) &&
+           (j == 0 || misses(of->column_edges.at[j - 1], at->dx, geometry->out_width));
 }
 
-static void add_weights(int32_t *to, const int32_t *weights, int sign, int length) {
-    for (int i = 0; i < length; i++)
-        to[i] += sign * weights[i];
-}
-
-/* From (n, n by the wide thread) to (n, v, n by the wide thread). */
-static void add_counts(int64_t *to, const int64_t *counts, int threads) {
-    int half = 1 << (threads - 1), subsets = subset_count(threads);
-    for (int set = 0; set < subsets; set++)
-        to[set] += counts[set];
-    for (int t = 0; t < threads; t++)
-        for (int rest = 0; rest < half; rest++) {
-            int64_t count = counts[subsets + t * half + rest];
-            to[subsets + with_thread(t, rest)] += count;
-            to[2 * subsets + t * half + rest] += count;
-        }
-}
-
-/* One region: counts of all its slots, with the weights of all taps that see it. */
-static void fold_region(const VectorOps *ops, const Layer *layer, const int8_t *signs, int64_t region,
-                        int64_t regions, const int64_t *const *counts, int parts, Tally *tally) {
-    int threads = layer->rule.threads, length = tally_length(threads);
-    int64_t slots = layer->quads * slots_per_quad(&layer->rule), counted = activations_length(threads);
-    for (int64_t group = 0; group < layer->shape.groups; group++)
-        for (int64_t slot = 0; slot < slots; slot++) {
-            int64_t activations[MAX_TALLY] = {0};
-            int32_t weights[MAX_TALLY] = {0};
-            for (int part = 0; part < parts; part++)
-                add_counts(activations, counts[part] + ((group * slots + slot) * regions + region) * counted,
-                           threads);
-            for (int64_t tap = 0; tap < layer->taps; tap++)
-                if (signs[tap])
-                    add_weights(weights,
-                                layer->tallies + ((group * layer->taps + tap) * slots + slot) * length,
-                                signs[tap], length);
-            ops->tally(tally, activations, weights, &layer->rule);
-        }
+static int sign_of(const PhaseRegions *of, int64_t region) {
+    int64_t columns = 1 + of->column_edges.count;
+    return of->is_tap_by_tap || (region < columns) == (region % columns == 0) ? 1 : -1;
 }
 
 bool count_fold(const VectorOps *ops, const Layer *layer, const Geometry *geometry, const Regions *regions,
                 const int64_t *const *counts, int parts, Tally *tally) {
-    int8_t *signs = malloc((size_t)layer->taps);
-    for (int phase = 0; signs && phase < regions->phase_count; phase++) {
+    const SlotRule *rule = &layer->rule;
+    int64_t length = tally_length(rule->threads, tally_kind(rule));
+    int64_t slots = layer->quads * slots_per_quad(rule), per_slot = regions->regions * length;
+    int64_t *taps = malloc((size_t)layer->taps * sizeof *taps);
+    const int64_t **here = malloc((size_t)parts * sizeof *here);
+    FoldArguments fold = {.rule = rule,
+                          .slots = slots,
+                          .counts = here,
+                          .counts_stride = per_slot,
+                          .parts = parts,
+                          .tap_stride = slots * length,
+                          .tap = taps,
+                          .tally = tally};
+    bool is_ready = taps && here;
+    for (int phase = 0; is_ready && phase < regions->phase_count; phase++) {
         const PhaseRegions *of = &regions->phases[phase];
         for (int64_t region = 0; region < of->regions; region++) {
-            bool is_seen = false;
-            for (int64_t tap = 0; tap < layer->taps; tap++) {
-                bool is_here = geometry->is_pointwise || geometry->taps[tap].phase == phase;
-                signs[tap] = is_here ? (int8_t)sign_of(geometry, of, region, tap) : 0;
-                is_seen |= signs[tap] != 0;
+            fold.taps = 0;
+            fold.sign = sign_of(of, region);
+            for (int64_t tap = 0; tap < layer->taps; tap++)
+                if (sees(geometry, of, phase, region, tap))
+                    taps[fold.taps++] = tap;
+            for (int64_t group = 0; fold.taps && group < layer->shape.groups; group++) {
+                for (int part = 0; part < parts; part++)
+                    here[part] =
+                        counts[part] + group * slots * per_slot + (of->first_region + region) * length;
+                fold.weights = layer->tallies + group * layer->taps * slots * length;
+                ops->fold(&fold);
             }
-            if (is_seen)
-                fold_region(ops, layer, signs, of->first_region + region, regions->regions, counts, parts,
-                            tally);
         }
     }
-    free(signs);
-    return signs != NULL;
+    free(taps);
+    free(here);
+    return is_ready;
 }

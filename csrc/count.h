@@ -44,7 +44,7 @@ typedef struct {
 bool regions_make(Regions *regions, const Layer *layer, const Geometry *geometry);
 void regions_release(Regions *regions);
 
-/* Elements of a workspace's counts: (groups, quads, slots of a quad, regions, activations_length). */
+/* Elements of a workspace's counts: (groups, quads, slots of a quad, regions, tally_length). */
 int64_t counts_length(const Regions *regions, const Layer *layer);
 
 /* Add a job's own pixels, quads first..end-1. */

@@ -51,16 +51,33 @@ typedef struct {
     int32_t phase, quad;
 } PackArguments;
 
-/* The bytes of one slot's channels, to be counted: all of them, then those in each column. */
+/* Bytes of slots' channels, to be counted: all of them, then those in each column. */
 typedef struct {
-    const uint8_t *channel[MAX_THREADS]; /* NULL: padding */
-    int64_t count;
-    int threads;
-    bool is_signed;
+    const SlotRule *rule;
+    int64_t slots;
+    const int32_t *channel_of; /* (slots, threads); -1: padding */
+    const uint8_t *bytes;      /* of channel 0 */
+    int64_t channel_stride, count;
     const uint64_t *masks; /* (columns, mask_stride): a bit per byte */
     int64_t columns, mask_stride;
-    int64_t *counts; /* (1 + columns, activations_length); added to */
+    int64_t *counts; /* (slots, counts_stride), of which (1 + columns, tally_length) are added to */
+    int64_t counts_stride;
 } CountArguments;
+
+/* One region's counts, the sum of several parts, and the weights of the taps that see it. */
+typedef struct {
+    const SlotRule *rule;
+    int64_t slots;
+    const int64_t *const *counts; /* (parts), each (slots, counts_stride) of which tally_length belong here */
+    int64_t counts_stride;
+    int parts;
+    const int32_t *weights; /* (taps of the layer: tap_stride, slots, tally_length) */
+    int64_t tap_stride;
+    const int64_t *tap; /* (taps): which */
+    int64_t taps;
+    int sign;
+    Tally *tally; /* added to */
+} FoldArguments;
 
 /* One block of channels times one tile of positions, added to acc. */
 typedef struct {
@@ -119,7 +136,7 @@ typedef struct {
                              uint8_t *to, int64_t channel_stride);
     void (*pack)(const PackArguments *arguments);
     void (*count)(const CountArguments *arguments);
-    void (*tally)(Tally *tally, const int64_t *activations, const int32_t *weights, const SlotRule *rule);
+    void (*fold)(const FoldArguments *arguments);
     void (*multiply)(const MultiplyArguments *arguments);
     /* Add an event's missing 1 times the weight it meets, for n = 0..count-1. */
     void (*correct)(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,

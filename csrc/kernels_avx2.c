@@ -292,10 +292,6 @@ INLINE void classify(const uint8_t *bytes, int64_t count, bool is_signed, uint64
 
 #include "count_slots.h"
 
-static void tally(Tally *tally, const int64_t *activations, const int32_t *weights, const SlotRule *rule) {
-    tally_slot(tally, activations, weights, rule);
-}
-
 /* ---- multiplying ---- */
 
 INLINE __m256i load_word(const uint32_t *word) {
@@ -497,7 +493,7 @@ static const VectorOps OPS = {.word_operands = 2,
                               .transpose_pixels = transpose_pixels,
                               .pack = pack,
                               .count = count,
-                              .tally = tally,
+                              .fold = fold,
                               .multiply = multiply,
                               .correct = NULL, /* no activation needs more than 16 bits */
                               .store = store};

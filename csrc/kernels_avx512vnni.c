@@ -290,10 +290,6 @@ INLINE void classify(const uint8_t *bytes, int64_t count, bool is_signed, uint64
 
 #include "count_slots.h"
 
-static void tally(Tally *tally, const int64_t *activations, const int32_t *weights, const SlotRule *rule) {
-    tally_slot(tally, activations, weights, rule);
-}
-
 /* ---- multiplying ---- */
 
 /* Keep the compiler from folding a broadcast into a masked load, which costs a register move and a merge. */
@@ -580,7 +576,7 @@ static const VectorOps OPS = {.word_operands = 4,
                               .transpose_pixels = transpose_pixels,
                               .pack = pack,
                               .count = count,
-                              .tally = tally,
+                              .fold = fold,
                               .multiply = multiply,
                               .correct = correct,
                               .store = store};

@@ -482,7 +482,7 @@ static bool is_plain_order(const ConvShape *shape, const int32_t *k_of, int64_t 
 }
 
 static void count_weights(Layer *layer, const int8_t *weights) {
-    int threads = layer->rule.threads, length = tally_length(threads);
+    int threads = layer->rule.threads, length = tally_length(threads, tally_kind(&layer->rule));
     int32_t *counts = layer->tallies;
     int64_t k = layer->channels * layer->taps;
     for (int64_t group = 0; group < layer->shape.groups; group++)
@@ -495,7 +495,7 @@ static void count_weights(Layer *layer, const int8_t *weights) {
                         if (channel[t] >= 0)
                             columns[t] =
                                 weights + group * layer->shape.n * k + channel[t] * layer->taps + tap;
-                    tally_weights(columns, layer->shape.n, k, threads, counts);
+                    tally_weights(columns, layer->shape.n, k, &layer->rule, counts);
                 }
 }
 
@@ -545,8 +545,8 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
     layer->channel_of = allocate(shape->groups * layer->quads * QUAD, sizeof *layer->channel_of);
     layer->offset = allocate(outputs, sizeof *layer->offset);
-    layer->tallies =
-        allocate(quads * slots_per_quad(rule) * tally_length(rule->threads), sizeof *layer->tallies);
+    layer->tallies = allocate(quads * slots_per_quad(rule) * tally_length(rule->threads, tally_kind(rule)),
+                              sizeof *layer->tallies);
     if (needs_ninth_bit(layer))
         layer->raw = allocate(quads * shape->n, sizeof *layer->raw);
     if (!layer->channel_of || !layer->offset || !layer->tallies || (needs_ninth_bit(layer) && !layer->raw)) {
@@ -583,7 +583,8 @@ size_t program_bytes(const Layer *layer) {
     bytes += shape->groups * layer->blocks * layer->steps * form_words(layer->form) * BLOCK * 4;
     bytes += layer->first_entry[outputs * layer->chunks] * (int64_t)sizeof(Entry);
     bytes += layer->first_blend[outputs * layer->chunks] * (int64_t)sizeof(Blend);
-    bytes += quads * slots_per_quad(&layer->rule) * tally_length(layer->rule.threads) * 4;
+    bytes += quads * slots_per_quad(&layer->rule) *
+             tally_length(layer->rule.threads, tally_kind(&layer->rule)) * 4;
     bytes += layer->raw ? quads * shape->n * 4 : 0;
     return (size_t)bytes;
 }

@@ -16,11 +16,12 @@ static int without_thread(int t, int set) {
     return (set & ((1 << t) - 1)) | (set >> (t + 1)) << t;
 }
 
-void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t stride, int threads,
+void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t stride, const SlotRule *rule,
                    int32_t *counts) {
-    int half = 1 << (threads - 1), subsets = subset_count(threads);
-    int32_t *any_wide = counts + subsets, *wide = any_wide + subsets;
-    memset(counts, 0, (size_t)tally_length(threads) * sizeof *counts);
+    int threads = rule->threads, half = 1 << (threads - 1), subsets = subset_count(threads);
+    int32_t wide[MAX_OTHERS] = {0};
+    TallyKind kind = tally_kind(rule);
+    memset(counts, 0, (size_t)tally_length(threads, kind) * sizeof *counts);
     for (int64_t column = 0; column < n; column++) {
         int pattern = 0, value[MAX_THREADS] = {0};
         for (int t = 0; t < threads; t++) {
@@ -33,11 +34,15 @@ void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t 
                 wide[t * half + without_thread(t, pattern)]++;
     }
     sum_supersets(counts, threads);
+    if (kind == TALLY_PATTERNS)
+        return;
     for (int t = 0; t < threads; t++) {
         sum_supersets(wide + t * half, threads - 1);
         for (int rest = 0; rest < half; rest++)
-            any_wide[with_thread(t, rest)] += wide[t * half + rest];
+            counts[subsets + with_thread(t, rest)] += wide[t * half + rest];
     }
+    if (kind == TALLY_THREADS)
+        memcpy(counts + 2 * subsets, wide, (size_t)others_count(threads) * sizeof *counts);
 }
 
 static int count_bits(int set) {

@@ -8,8 +8,7 @@
  * For reductions, v(S) = sum over t in S of the rows whose activations of S are non-zero and that of t wide.
  *
  *   one slot, one side      [ n(S): 2^T | v(S): 2^T | n(S) with t wide, by t and the rest of S: T * 2^(T-1) ]
- *
- * Activations are counted without v, which follows from the last part.
+ *                                         \ where width matters   \ where it must be wide on both sides
  */
 #ifndef SYSMT_TALLY_H
 #define SYSMT_TALLY_H
@@ -24,11 +23,20 @@ static inline int subset_count(int threads) {
 static inline int others_count(int threads) {
     return threads << (threads - 1);
 }
-static inline int tally_length(int threads) {
-    return 2 * subset_count(threads) + others_count(threads);
+
+/* What is counted beyond n(S). At T = 1 nothing is reduced; under policy S everything, so that patterns
+ * suffice.
+ */
+typedef enum { TALLY_PATTERNS, TALLY_WIDTHS, TALLY_THREADS } TallyKind;
+
+static inline TallyKind tally_kind(const SlotRule *rule) {
+    if (rule->threads == 1 || rule->reduces_always)
+        return TALLY_PATTERNS;
+    return rule->needs_both ? TALLY_THREADS : TALLY_WIDTHS;
 }
-static inline int activations_length(int threads) {
-    return subset_count(threads) + others_count(threads);
+static inline __attribute__((always_inline)) int tally_length(int threads, TallyKind kind) {
+    return subset_count(threads) * (kind == TALLY_PATTERNS ? 1 : 2) +
+           (kind == TALLY_THREADS ? others_count(threads) : 0);
 }
 
 /* The subset of all threads that holds t and the `rest` of the others. */
@@ -46,29 +54,8 @@ typedef struct {
 } Tally;
 
 /* Count one slot's weights over n columns; weights[t * stride + n]. */
-void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t stride, int threads,
+void tally_weights(const int8_t *const weights[MAX_THREADS], int64_t n, int64_t stride, const SlotRule *rule,
                    int32_t *counts);
-
-static inline __attribute__((always_inline)) void add_products(int64_t *sums, const int64_t *a,
-                                                               const int32_t *w, int count) {
-    for (int i = 0; i < count; i++)
-        sums[i] += a[i] * w[i];
-}
-
-/* Add one slot: activations' counts (tally_length) times weights' counts. In the header, so that every path
- * compiles it for its own vectors. */
-static inline void tally_slot(Tally *tally, const int64_t *activations, const int32_t *weights,
-                              const SlotRule *rule) {
-    int subsets = subset_count(rule->threads);
-    add_products(tally->both, activations, weights, subsets);
-    if (rule->threads == 1 || rule->reduces_always)
-        return; /* nothing is reduced, or everything: the patterns suffice */
-    add_products(tally->wide_any, activations + subsets, weights, subsets);
-    add_products(tally->any_wide, activations, weights + subsets, subsets);
-    if (rule->needs_both)
-        add_products(tally->wide_wide, activations + 2 * subsets, weights + 2 * subsets,
-                     others_count(rule->threads));
-}
 
 /* Fold into counters; slots is M * N * L. */
 void tally_finish(const Tally *tally, const SlotRule *rule, int64_t slots, Outcome *outcome);

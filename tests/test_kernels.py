@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sysmt.config import ArrayConfig, Policy
 from sysmt.errors import OperandError, PathError
 from sysmt.hw import array
-from sysmt.hw.kernels import PackedConv, active_path, available_paths
+from sysmt.hw.kernels import PackedConv, active_path, available_paths, fingerprint
 from sysmt.hw.stats import Counters
 
 PATHS = available_paths()
@@ -169,6 +169,24 @@ def test_not_counting_changes_no_value(rng):
     counted, plain = (conv.forward(x, 1.0, np.ones(8, np.float32), count=count) for count in (True, False))
     assert plain.counters is None
     np.testing.assert_array_equal(counted.y, plain.y)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 31, 32, 33, 4095, 8192, 8193, 70_001])
+def test_fingerprints_see_every_change(size, rng):
+    values = rng.normal(size=size).astype(np.float32)
+    known = fingerprint(values)
+    assert all(fingerprint(values, cpu_threads) == known for cpu_threads in (2, 3, 9))
+    assert fingerprint(values.copy()) == known
+    bits = values.view(np.uint32)
+    for at in {0, size // 3, size - 1}:
+        for bit in (0, 13, 31):
+            bits[at] ^= 1 << bit
+            assert fingerprint(values) != known
+            bits[at] ^= 1 << bit
+    for shift in {1, size // 2, 16} & set(range(1, size)):
+        assert fingerprint(np.roll(values, shift)) != known
+    assert fingerprint(np.append(values, np.float32(0))) != known
+    assert fingerprint(np.zeros(size, np.float32)) != fingerprint(np.zeros(size + 1, np.float32))
 
 
 def test_forced_and_unknown_paths(monkeypatch):

@@ -12,7 +12,7 @@ cimport numpy as cnp
 cnp.import_array()
 
 cdef extern from "fingerprint.h" nogil:
-    unsigned long long fingerprint_bytes "fingerprint"(const unsigned char *data, int64_t bytes)
+    unsigned long long fingerprint_bytes "fingerprint"(const unsigned char *data, int64_t bytes, int cpu_threads)
 
 cdef extern from "kernels.h" nogil:
     cdef enum:
@@ -77,13 +77,13 @@ cdef const Path *find_path(str name) except NULL:
     raise LookupError(name)
 
 
-def fingerprint(values):
+def fingerprint(values, int cpu_threads):
     """64-bit fingerprint of an array's memory; the array must be C-contiguous."""
     cdef const unsigned char[::1] data = values.reshape(-1).view("u1")
     cdef int64_t size = data.shape[0]
     cdef unsigned long long result
     with nogil:
-        result = fingerprint_bytes(&data[0] if size else NULL, size)
+        result = fingerprint_bytes(&data[0] if size else NULL, size, cpu_threads)
     return result
 
 

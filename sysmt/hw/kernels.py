@@ -5,6 +5,8 @@ Arrays are checked here; csrc/ computes. Every path gives the same bits, whateve
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,14 +29,16 @@ TIMES = ("stage", "count", "pack", "multiply", "store")
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
-def fingerprint(values: np.ndarray) -> int:
+def fingerprint(values: np.ndarray, cpu_threads: int = 1) -> int:
     """Return 64 bits that tell whether an array still holds the same values at the same places.
 
     Parameters
     ----------
     values : ndarray, C-contiguous
+    cpu_threads : int
+        CPU threads; the result does not depend on it.
     """
-    return _native.fingerprint(values)
+    return _native.fingerprint(values, cpu_threads)
 
 
 def available_paths() -> tuple[str, ...]:
@@ -398,7 +402,7 @@ class PackedConv:
                 f"out has shape {out.shape} and dtype {out.dtype}; writeable {shape} of float32 is needed"
             )
         y = _aligned(out)
-        scale = (np.float64(scale_a) * scale_w.astype(np.float64)).astype(np.float32)
+        scale = (float(scale_a) * scale_w.astype(np.float64)).astype(np.float32)
         shift = None if bias is None else np.ascontiguousarray(bias)
         if 0 in shape or 0 in self.shape:
             y[...] = 0 if bias is None else bias[:, None, None]
@@ -468,10 +472,10 @@ class PackedConv:
             raise OperandError(f"x has dtype {x.dtype}; float32 is needed")
 
     def _inverse(self, scale_a: float) -> float:
-        with np.errstate(all="ignore"):
-            inverse = np.float32(1.0 / np.float64(scale_a))
-        if not (scale_a > 0 and np.isfinite(inverse) and inverse > 0):
+        scale = float(scale_a)
+        inverse = ctypes.c_float(1.0 / scale).value if scale > 0 else 0.0  # rounded to float32
+        if not 0 < inverse < math.inf:
             raise OperandError(
                 f"scale_a={scale_a!r} must be above 0, and so must its inverse in float32, and finite"
             )
-        return float(inverse)
+        return inverse

@@ -7,6 +7,8 @@ method; the module itself, its parameters and the user's own hooks stay as they 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from sysmt.errors import CalibrationError, OperandError, UnsupportedLayerError
 from sysmt.hw.gemm import gemm_stats
 from sysmt.hw.kernels import PackedConv, fingerprint
 from sysmt.hw.reorder import order_from_wide_counts
-from sysmt.hw.stats import GemmStats
+from sysmt.hw.stats import Counters, GemmStats
 from sysmt.nn.lowering import LayerGeometry, im2col
 from sysmt.quant.error import sqnr_db_from_energies
 from sysmt.quant.uniform import ActivationRange, quantize_activations, quantize_weights, weight_scales
@@ -73,6 +75,7 @@ class HookedLayer:
         self.module = module
         self.original_forward: Callable[[torch.Tensor], torch.Tensor] = module.forward
         self.geometry = LayerGeometry.of(module)
+        self._settings = _settings(module)
         self.reason = reason
         """Why the layer stays in float; None if it is simulated."""
         self.threads = simulation.config.threads
@@ -198,18 +201,20 @@ class HookedLayer:
         self.images_of_size[out_size] += image_count
         self.gemm_shape = (m, n, k)
         self.images += image_count
-        config = self.simulation.config.replace(threads=self.threads)
-        self.stats += gemm_stats(counters, m, n, k, config, count=image_count * self.geometry.groups)
+        self.stats += _stats(
+            counters, m, n, k, self.simulation.config, self.threads, image_count * self.geometry.groups
+        )
 
     def _count_float(self, x: torch.Tensor) -> None:
         """Count the macs and T = 1 cycles of a layer that stays in float, for the network's speedup."""
         shape = self._as_images(x).shape
-        m = int(np.prod(self.geometry.output_size(*shape[2:])))
+        m = math.prod(self.geometry.output_size(*shape[2:]))
         n, k = self.geometry.gemm_n, self.geometry.gemm_k
         self.gemm_shape = (m, n, k)
         self.images += shape[0]
-        config = self.simulation.config.replace(threads=1)
-        self.stats += gemm_stats(GemmStats(()), m, n, k, config, count=shape[0] * self.geometry.groups)
+        self.stats += _stats(
+            Counters(()), m, n, k, self.simulation.config, 1, shape[0] * self.geometry.groups
+        )
 
     def _compare(self, y: torch.Tensor, exact: torch.Tensor) -> None:
         signal = exact.double()
@@ -297,6 +302,10 @@ class HookedLayer:
 
     def _refresh_geometry(self) -> None:
         """Follow a stride or padding that was changed since the last forward."""
+        settings = _settings(self.module)
+        if settings == self._settings:
+            return
+        self._settings = settings
         geometry = LayerGeometry.of(self.module)
         if geometry != self.geometry:
             self.geometry = geometry
@@ -337,11 +346,49 @@ class HookedLayer:
         return y if x.ndim == 4 else y.squeeze(0)
 
 
+def _settings(module: nn.Conv2d | nn.Linear) -> tuple[Any, ...]:
+    """Return all that `LayerGeometry.of` reads: quicker to compare than to parse."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    settings = (
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+        module.padding_mode,
+    )
+    return tuple(tuple(value) if isinstance(value, list) else value for value in settings)
+
+
+@functools.lru_cache(maxsize=4096)
+def _work(m: int, n: int, k: int, config: ArrayConfig, threads: int) -> GemmStats:
+    """Macs and cycles of one GEMM, without counters."""
+    return gemm_stats(Counters(()), m, n, k, config.replace(threads=threads))
+
+
+def _stats(
+    counters: Counters, m: int, n: int, k: int, config: ArrayConfig, threads: int, count: int
+) -> GemmStats:
+    """Join the counters of `count` equal GEMMs with their work and cycles."""
+    one = _work(m, n, k, config, threads)
+    return GemmStats(
+        counters.active,
+        counters.reduced_activations,
+        counters.reduced_weights,
+        count * one.macs,
+        count * one.cycles,
+        count * one.single_thread_cycles,
+    )
+
+
 def _content_key(weight: torch.Tensor) -> tuple[Any, ...]:
     """Tell weights apart by content, which sees every change, also those made through ``.data``."""
     last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     dense = weight.permute(0, 2, 3, 1) if last else weight.contiguous()
-    return fingerprint(dense.numpy()), weight.shape, last
+    return fingerprint(dense.numpy(), torch.get_num_threads()), weight.shape, last
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:
