@@ -61,11 +61,17 @@ class Workload:
     config : RunConfig
     prepare : callable
         Unpacks or trains what `config` names, where that is still to be done.
+    key : str
+        Short, for file names; by default the model's name.
     """
 
     name: str
     config: RunConfig
     prepare: Callable[[], object] = lambda: None
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self.key or self.config.model)
 
     def open(self, ledger: Ledger) -> Subject:
         """Open it, and make sure that the points in `ledger` are its own."""
@@ -102,8 +108,12 @@ def workloads(
     clash = [name for name in ("model", "weights", "data", "train_data") if name in chosen]
     if clash:
         raise ConfigError(f"--preset brings networks and images of its own; leave out --{clash[0]}")
-    networks = map(shared_data.network, names.split(",") if names else shared)
-    return [Workload(one.title, RunConfig(**(values | one.values())), one.prepare) for one in networks]
+    keys = names.split(",") if names else shared
+    networks = {key: shared_data.network(key) for key in keys}
+    return [
+        Workload(one.title, RunConfig(**(values | one.values())), one.prepare, key)
+        for key, one in networks.items()
+    ]
 
 
 @contextlib.contextmanager

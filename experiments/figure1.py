@@ -82,7 +82,7 @@ def figure1(
 
 def pruned(network: Workload, sparsity: float, epochs: int, path: Path) -> Workload:
     """Prune a network as the paper does, by magnitude, and retrain what is left; done only once."""
-    name = f"{network.config.model}-pruned-{100 * sparsity:.0f}-retrained-{epochs}.pt"
+    name = f"{network.key}-pruned-{100 * sparsity:.0f}-retrained-{epochs}.pt"
     if not (path / name).is_file():
         model, data = open_workload(network.config)
         prune_model(model, sparsity)

@@ -31,7 +31,7 @@ from sysmt.study.store import LAYER, Point, Store
 from sysmt.study.sweep import Bench, uniform
 from sysmt.study.worker import Worker
 
-SHARED = ("resnet20", "resnet32", "resnet20-jpeg")
+SHARED = ("resnet20", "resnet32")
 TARGET_SPEEDUP = 3.0
 
 
@@ -100,7 +100,7 @@ class Run:
 def compare(network: Workload, config: SearchConfig, held_out: float, path: Path, bar: Bar) -> Run:
     """Let every method evaluate its points, in one study for each seed."""
     bench = Bench(dataclasses.replace(network.config, seed=config.seed), held_out)
-    name = f"{network.config.model}, seed {config.seed}, recalibrate {config.recalibrate}"
+    name = f"{network.key}, seed {config.seed}, recalibrate {config.recalibrate}"
     store = Store(path / "study.db", name, facts=bench.facts(), layers=bench.layers)
 
     def on_point(point: Point, measured: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ def compare(network: Workload, config: SearchConfig, held_out: float, path: Path
     sensitivities = run_search(bench, store, config, on_point)
     run_baselines(bench, store, config, BASELINES, on_point)
     points = {method: store.table(method) for method in (SEARCH, *BASELINES)}
-    file = path / f"points-{network.config.model}-{config.seed}.csv"
+    file = path / f"points-{network.key}-{config.seed}.csv"
     pd.concat([table.assign(of=method) for method, table in points.items()]).to_csv(file, index=False)
     return Run(config, bench, store, points, sensitivities)
 
@@ -172,7 +172,7 @@ def target_networks(network: Workload, runs: list[Run], path: Path) -> pd.DataFr
     for run in runs:
         best = choose(run.points[SEARCH], target_speedup=TARGET_SPEEDUP)
         picked = {name: int(best[f"{LAYER}{name}"]) for name in run.bench.layers}
-        write_threads_map(path / f"threads-{network.config.model}-3x-{run.config.seed}.toml", picked)
+        write_threads_map(path / f"threads-{network.key}-3x-{run.config.seed}.toml", picked)
         named = {f"searched, {TARGET_SPEEDUP:g}x": picked}
         named |= {
             f"{count}T": threads for count, threads in zip((1, 2, 4), uniform(picked, (1, 2, 4)), strict=True)
@@ -221,7 +221,7 @@ def layout_of(found: pd.DataFrame) -> str:
 
 def draw(network: Workload, run: Run, curve: pd.DataFrame, path: Path) -> None:
     """Draw the plots of one network, points and maps of the first seed."""
-    model = network.config.model
+    model = network.key
     plot_hypervolume(curve, path / f"hypervolume-{model}.png", network.name)
     tables = [table.assign(method=method) for method, table in run.points.items()]
     plot_accuracy_speedup(pd.concat(tables), path / f"front-{model}.png", network.name)
