@@ -6,7 +6,7 @@ convolution and 20.98 dB after BatchNorm. Here every convolution runs in Q forma
 and four threads and with formats of 8, 6 and 4 bits, and three ratios are told apart: of all values, of
 each channel around its means (which a factor and an offset per channel cannot change), and of the
 channels' means alone (the curves of the article's figures). BatchNorm's statistics are the float
-network's, or regathered under the noise.
+network's, or regathered under the noise. The article's shifts round down; "rounded" runs round to nearest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
 from sysmt.study.subject import Subject
 
 KEYS = ("network", "bits", "threads", "run")
-FLOAT, PLAIN, RECALIBRATED, ISOLATED = "float", "as calibrated", "recalibrated", "isolated"
+FLOAT, PLAIN, RECALIBRATED, ISOLATED, ROUNDED = (
+    "float",
+    "as calibrated",
+    "recalibrated",
+    "isolated",
+    "rounded",
+)
 BITS = (8, 6, 4)
 THREADS = (1, 2, 4)
 SHARED = ("resnet20",)
@@ -92,7 +98,7 @@ def _parse(text: str) -> tuple[int, ...]:
 
 def points_of(network: str, widths: Sequence[int]) -> list[dict[str, Any]]:
     """Return the keys of all points of one network, the float network first."""
-    runs = itertools.product(widths, THREADS, (PLAIN, RECALIBRATED, ISOLATED))
+    runs = itertools.product(widths, THREADS, (PLAIN, RECALIBRATED, ISOLATED, ROUNDED))
     return [dict(zip(KEYS, (network, *rest), strict=True)) for rest in ((0, 0, FLOAT), *runs)]
 
 
@@ -112,11 +118,13 @@ def measure(network: Workload, widths: Sequence[int], ledger: Ledger, bar: Bar) 
         ledger.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
         bar.advance(1)
     reference = ledger.correct(**points[0])
-    for width in widths:
-        here = [point for point in missing if point["bits"] == width]
+    array = network.config.array().replace(threads=1)
+    for width, rounding in itertools.product(widths, ("floor", "nearest")):
+        runs = (ROUNDED,) if rounding == "nearest" else (PLAIN, RECALIBRATED, ISOLATED)
+        here = [point for point in missing if point["bits"] == width and point["run"] in runs]
         if not here:
             continue
-        with QNetwork(subject.model, network.config.array().replace(threads=1), bits=width) as q:
+        with QNetwork(subject.model, array, bits=width, rounding=rounding) as q:
             loader = subject.training_images(network.config.calibration_images, network.config.seed)
             q.calibrate(loader, loader.images)
             for point in here:
@@ -234,7 +242,7 @@ def layout_of(ledger: Ledger, pairs: pd.DataFrame, points: Sequence[dict[str, An
     stages = markdown(header, rows)
 
     header = [f"{network}: all pairs, dB won by BatchNorm", *RATIOS.values(), "all values, exact BatchNorm"]
-    header += ["all values, recalibrated", "top-1, %", "recalibrated, %", "won back, points"]
+    header += ["all values, recalibrated", "top-1, %", "recalibrated, %", "won back, points", "rounded, %"]
     rows = []
     for bits, threads in runs:
         row = [f"{bits} bits, {threads}T"]
@@ -249,6 +257,7 @@ def layout_of(ledger: Ledger, pairs: pd.DataFrame, points: Sequence[dict[str, An
         plain, again = (ledger.correct(**dict(zip(KEYS, key, strict=True))) for key in keys)
         gain, error = paired_difference(again, plain)
         row.append(f"{signed(gain)} ± {100 * error:.2f}")
+        row.append(percent(measured.loc[(network, bits, threads, ROUNDED), "top1"]))
         rows.append(row)
     whole = markdown(header, rows)
     reference = measured.loc[(network, 0, 0, FLOAT)]
@@ -258,8 +267,8 @@ def layout_of(ledger: Ledger, pairs: pd.DataFrame, points: Sequence[dict[str, An
         f"{' → '.join(f'{value:g}' for value in ARTICLE.values())} dB. All pairs: mean ± standard deviation "
         "over the pairs, each convolution given the float network's input; recalibrated: in the running "
         "network. Exact: BatchNorm in float, of the quantised convolution. Around channel means: median over "
-        "channels. "
-        "Won back: by recalibration, ± one standard error, paired by image.\n"
+        "channels. Won back: by recalibration, ± one standard error, paired by image. Rounded: shifts round "
+        "to nearest, not down; not recalibrated.\n"
     )
     return f"{stages}\n{whole}\n{note}"
 

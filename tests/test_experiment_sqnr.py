@@ -48,7 +48,7 @@ def run(weights, out, *args, code=0):
 def test_stages_are_told_apart_and_a_stopped_run_goes_on(weights, tmp_path, monkeypatch):
     said = run(weights, tmp_path / "whole", "--bits", "4,8")
     pairs = pd.read_csv(tmp_path / "whole" / "sqnr.csv")
-    assert len(pairs) == 2 * 3 * 3 * 7 * 3  # bits, threads, runs, pairs, ratios
+    assert len(pairs) == 2 * 3 * 4 * 7 * 3  # bits, threads, runs, pairs, ratios
     assert "8 bits, 4T" in said
     total = pairs[pairs["ratio"] == "all values"].set_index(["bits", "threads", "run", "layer"])
     around = pairs[pairs["ratio"] == "around channel means"].set_index(["bits", "threads", "run", "layer"])
@@ -67,6 +67,7 @@ def test_stages_are_told_apart_and_a_stopped_run_goes_on(weights, tmp_path, monk
     assert (
         one.loc[(4, "recalibrated"), "bn, exact"].mean() > one.loc[(4, "as calibrated"), "bn, exact"].mean()
     )
+    assert one.loc[(8, "rounded"), "mean_error_conv"].iloc[0] == pytest.approx(0, abs=0.1)
     assert (tmp_path / "whole" / "sqnr.png").stat().st_size > 1000
 
     calls = []
@@ -83,7 +84,7 @@ def test_stages_are_told_apart_and_a_stopped_run_goes_on(weights, tmp_path, monk
     status = tomllib.loads((tmp_path / "parts" / "config.toml").read_text())["outcome"]["status"]
     assert status == "interrupted"
     run(weights, tmp_path / "parts", "--bits", "4,8")
-    assert len(calls) == 5 + 18 - 4
+    assert len(calls) == 5 + 24 - 4
     for name in ("sqnr.csv", "sqnr.md"):
         assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
 

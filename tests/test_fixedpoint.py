@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 import sysmt.quant.error
 from sysmt.errors import ConfigError, OperandError
-from sysmt.quant.fixedpoint import QFormat, align_bias, floor_shift, fraction_bits, saturate, sqnr_db
+from sysmt.quant.fixedpoint import (
+    QFormat,
+    align_bias,
+    floor_shift,
+    fraction_bits,
+    round_shift,
+    saturate,
+    sqnr_db,
+)
 
 # -- formats -----------------------------------------------------------------------------------
 
@@ -143,6 +151,21 @@ def test_shifts_are_those_of_exact_integers(values, right):
     expected = [v >> right if right >= 0 else v << -right for v in values]
     clipped = [min(max(v, -(2**63)), 2**63 - 1) for v in expected]
     assert floor_shift(np.array(values, np.int64), right).tolist() == clipped
+
+
+@given(st.lists(st.integers(-(2**62), 2**62 - 1)), st.integers(-80, 80))
+def test_rounding_shifts_go_to_nearest(values, right):
+    if right > 0:  # floor((v + 2^(right-1)) / 2^right) in integers without a width
+        expected = [(v + (1 << (right - 1))) >> right for v in values]
+    else:
+        expected = floor_shift(np.array(values, np.int64), right).tolist()
+    assert round_shift(np.array(values, np.int64), right).tolist() == expected
+
+
+def test_rounding_shifts_at_the_limits():
+    top, bottom = 2**63 - 1, -(2**63)
+    assert round_shift([top, bottom], 1).tolist() == [2**62, -(2**62)]
+    assert round_shift([-3, -2, -1, 1, 2, 3], 1).tolist() == [-1, -1, 0, 1, 1, 2]
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1)), st.integers(2, 32))

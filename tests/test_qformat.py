@@ -345,6 +345,29 @@ def test_recalibration_wins_back_the_mean_that_floor_costs():
     assert again.loc[bn, "sqnr_db"] > plain_.loc[bn, "sqnr_db"]
 
 
+def test_rounding_to_nearest_costs_no_mean():
+    model = two_layers()
+    loader = batches(32)
+    means = {}
+    for rounding in ("floor", "nearest"):
+        with QNetwork(model, bits=6, rounding=rounding) as network:
+            network.calibrate(loader, 32)
+            table = network.compare(loader, isolated=True)
+        conv = table[table["stage"] == "conv"]
+        means[rounding] = (conv["mean_error"] / conv["step"]).to_numpy()
+    assert means["floor"] == pytest.approx(-0.5, abs=0.15)
+    assert means["nearest"] == pytest.approx(0.0, abs=0.15)
+    x, w = np.array([[[[3]]]], np.int8), np.array([[[[1]]]], np.int8)
+    formats = (QFormat(1), QFormat(0), QFormat(0))
+    outs = [conv2d(x, w, formats=formats, rounding=rounding)[0].item() for rounding in means]
+    assert outs == [1, 2]  # 1.5
+    one = np.ones(1, np.int8)
+    y = scale_and_shift(x, one, one, formats=formats, bias_fraction=1, rounding="nearest")
+    assert y.item() == 2  # (3 + 1) / 2
+    with pytest.raises(ConfigError, match="rounding='up' is unknown; allowed: floor, nearest"):
+        QNetwork(model, rounding="up")
+
+
 def test_other_layers_and_shapes_work():
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -14,16 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from sysmt.config import ArrayConfig
-from sysmt.errors import OperandError
+from sysmt.errors import ConfigError, OperandError
 from sysmt.hw.gemm import gemm_stats
 from sysmt.hw.kernels import PackedGemm
 from sysmt.hw.stats import Counters, GemmStats
 from sysmt.nn.lowering import LayerGeometry, im2col
-from sysmt.quant.fixedpoint import ACCUMULATOR_BITS, QFormat, align_bias, floor_shift, saturate
+from sysmt.quant.fixedpoint import ACCUMULATOR_BITS, QFormat, align_bias, floor_shift, round_shift, saturate
 
-__all__ = ["accumulate", "add_bias", "conv2d", "pack", "requantize", "scale_and_shift"]
+__all__ = ["accumulate", "add_bias", "conv2d", "pack", "parse_rounding", "requantize", "scale_and_shift"]
 
 Codes = npt.NDArray[Any]
+
+SHIFTS = {"floor": floor_shift, "nearest": round_shift}
+"""How the bits below the output's point go."""
 
 
 def pack(weights: Codes, geometry: LayerGeometry, config: ArrayConfig) -> list[PackedGemm]:
@@ -80,6 +83,7 @@ def conv2d(
     bias_fraction: int | None = None,
     config: ArrayConfig | None = None,
     geometry: LayerGeometry | None = None,
+    rounding: str = "floor",
 ) -> tuple[Codes, GemmStats]:
     """Convolve in Q format on the array: int8 times int8 into int32, bias aligned, shifted, saturated.
 
@@ -99,6 +103,8 @@ def conv2d(
         The array and its threads; by default one thread, which is exact.
     geometry : LayerGeometry, optional
         Stride, padding, dilation and groups; by default strides of 1 and no padding.
+    rounding : {"floor", "nearest"}
+        Of the shift to the output's format; the article's is floor.
 
     Returns
     -------
@@ -134,7 +140,7 @@ def conv2d(
     if bias is not None:
         own = of_weights.fraction_bits if bias_fraction is None else bias_fraction
         sums = add_bias(sums, align_bias(bias, own, fraction))
-    return requantize(sums, fraction, of_output), stats
+    return requantize(sums, fraction, of_output, rounding), stats
 
 
 def scale_and_shift(
@@ -144,6 +150,7 @@ def scale_and_shift(
     *,
     formats: tuple[QFormat, QFormat, QFormat],
     bias_fraction: int,
+    rounding: str = "floor",
 ) -> Codes:
     """Multiply and add per channel in Q format: BatchNorm by equation (1.4), the article's ``calculate_bn``.
 
@@ -159,6 +166,8 @@ def scale_and_shift(
         Of input, scale and output.
     bias_fraction : int
         Fraction bits of the bias.
+    rounding : {"floor", "nearest"}
+        Of the shift to the output's format.
 
     Returns
     -------
@@ -177,7 +186,9 @@ def scale_and_shift(
     fraction = formats[0].fraction_bits + formats[1].fraction_bits
     channels = (-1, *[1] * (x.ndim - 2))
     product = x.astype(np.int64) * np.asarray(scale).astype(np.int64).reshape(channels)
-    return requantize(add_bias(product, align_bias(bias, bias_fraction, fraction)), fraction, formats[2])
+    return requantize(
+        add_bias(product, align_bias(bias, bias_fraction, fraction)), fraction, formats[2], rounding
+    )
 
 
 def add_bias(sums: Codes, bias: npt.NDArray[np.int32]) -> Codes:
@@ -186,6 +197,29 @@ def add_bias(sums: Codes, bias: npt.NDArray[np.int32]) -> Codes:
     return saturate(total, ACCUMULATOR_BITS)
 
 
-def requantize(sums: Codes, fraction: int, to: QFormat) -> Codes:
-    """Shift sums with so many fraction bits to another format (floor), and saturate."""
-    return saturate(floor_shift(sums, fraction - to.fraction_bits), to.bits)
+def requantize(sums: Codes, fraction: int, to: QFormat, rounding: str = "floor") -> Codes:
+    """Shift sums with so many fraction bits to another format, and saturate.
+
+    Parameters
+    ----------
+    sums : ndarray of integers
+    fraction : int
+    to : QFormat
+    rounding : {"floor", "nearest"}
+        Down, as the article does, or to nearest, half up.
+    """
+    shift = SHIFTS[parse_rounding(rounding)]
+    return saturate(shift(sums, fraction - to.fraction_bits), to.bits)
+
+
+def parse_rounding(rounding: str) -> str:
+    """Return the name of a rounding, checked.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of `SHIFTS`.
+    """
+    if rounding not in SHIFTS:
+        raise ConfigError(f"rounding={rounding!r} is unknown; allowed: {', '.join(SHIFTS)}")
+    return rounding

@@ -28,7 +28,7 @@ from sysmt.hw.stats import GemmStats
 from sysmt.nn.batchnorm import load_statistics, save_statistics
 from sysmt.nn.calibration import evaluation_mode, image_batches
 from sysmt.nn.lowering import LayerGeometry
-from sysmt.nn.qformat import accumulate, add_bias, pack, requantize, scale_and_shift
+from sysmt.nn.qformat import accumulate, add_bias, pack, parse_rounding, requantize, scale_and_shift
 from sysmt.quant.error import sqnr_db_from_energies
 from sysmt.quant.fixedpoint import QFormat, align_bias
 
@@ -189,7 +189,7 @@ class _QConv(_QLayer):
             bias = self.module.bias.detach().numpy()
             own = QFormat.of(bias, self.network.bits)
             sums = add_bias(sums, align_bias(own.quantize(bias), own.fraction_bits, fraction))
-        y = _values(requantize(sums, fraction, of_output), of_output)
+        y = _values(requantize(sums, fraction, of_output, self.network.rounding), of_output)
         if reference is not None:
             self.errors["input"].add(reference[0], _values(of_input.quantize(x.numpy()), of_input))
             self.errors["conv"].add(reference[1], y)
@@ -218,10 +218,10 @@ class _QBatchNorm(_QLayer):
 
     def _run(self, x: Tensor) -> Tensor:
         of_input, of_output = self.formats
-        if self.module.training:  # recalibration: normalised in float by the batch, then rounded down, too
+        if self.module.training:  # recalibration: normalised in float by the batch, then shifted likewise
             fine = QFormat(of_output.fraction_bits + 16, 32)
             codes = self._codes(self.original_forward(x), fine)
-            return _values(requantize(codes, fine.fraction_bits, of_output), of_output)
+            return _values(requantize(codes, fine.fraction_bits, of_output, self.network.rounding), of_output)
         scale, bias = self.coefficients()
         of_scale, of_bias = (QFormat.of(values, self.network.bits) for values in (scale, bias))
         codes = scale_and_shift(
@@ -230,6 +230,7 @@ class _QBatchNorm(_QLayer):
             of_bias.quantize(bias),
             formats=(of_input, of_scale, of_output),
             bias_fraction=of_bias.fraction_bits,
+            rounding=self.network.rounding,
         )
         y = _values(codes, of_output)
         reference = self._reference()
@@ -279,17 +280,21 @@ class QNetwork:
         The array; by default one thread, which is exact.
     bits : int
         Of every format, 2 .. 8.
+    rounding : {"floor", "nearest"}
+        How sums are shifted to 8 bits: down, as in the article, or to nearest.
 
     Attributes
     ----------
     model : nn.Module
     config : ArrayConfig
     bits : int
+    rounding : str
 
     Raises
     ------
     ConfigError
-        If there is no Conv2d, the network is attached to a simulator, or a BatchNorm2d keeps no statistics.
+        If there is no Conv2d, the network is attached to a simulator, a BatchNorm2d keeps no statistics, or
+        bits or rounding are impossible.
     UnsupportedLayerError
         If a convolution is no plain Conv2d, or a layer has a `forward` of its own.
 
@@ -300,7 +305,14 @@ class QNetwork:
     ...     print(network.compare(test_loader))
     """
 
-    def __init__(self, model: nn.Module, config: ArrayConfig | None = None, *, bits: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ArrayConfig | None = None,
+        *,
+        bits: int = 8,
+        rounding: str = "floor",
+    ) -> None:
         config = ArrayConfig(threads=1) if config is None else config
         if not isinstance(config, ArrayConfig):
             raise ConfigError(f"config has type {type(config).__name__}; an ArrayConfig is needed")
@@ -309,6 +321,7 @@ class QNetwork:
         self.bits = parse_count(bits, "bits", minimum=2)
         if self.bits > OPERAND_BITS:
             raise ConfigError(f"bits={bits} is too large; the array's operands have {OPERAND_BITS}")
+        self.rounding = parse_rounding(rounding)
         self.model, self.config = model, config
         self.mode = "run"
         self.isolated = False

@@ -26,7 +26,7 @@ from sysmt.config import parse_count
 from sysmt.errors import ConfigError, OperandError
 from sysmt.quant.error import sqnr_db
 
-__all__ = ["QFormat", "align_bias", "floor_shift", "fraction_bits", "saturate", "sqnr_db"]
+__all__ = ["QFormat", "align_bias", "floor_shift", "fraction_bits", "round_shift", "saturate", "sqnr_db"]
 
 MAX_BITS = 32
 ACCUMULATOR_BITS = 32
@@ -229,6 +229,30 @@ def floor_shift(values: npt.ArrayLike, right: int) -> Int64Array:
     fits = (v >= limits.min >> left) & (v <= limits.max >> left)
     shifted = np.where(fits, v, 0) << left
     return np.where(fits, shifted, np.where(v < 0, limits.min, limits.max))
+
+
+def round_shift(values: npt.ArrayLike, right: int) -> Int64Array:
+    """Shift integers right by `right` bits, rounding to nearest, half up; left where `right` is negative.
+
+    What adding half a step before `floor_shift` gives, which the article does not do.
+
+    Parameters
+    ----------
+    values : array of integers
+    right : int
+        Any sign and size.
+
+    Returns
+    -------
+    ndarray of int64
+
+    Raises
+    ------
+    OperandError
+        If the values are no integers.
+    """
+    shifted = floor_shift(values, right)
+    return shifted + (floor_shift(values, right - 1) & 1) if right > 0 else shifted
 
 
 def align_bias(bias: npt.ArrayLike, fraction: int, accumulator_fraction: int) -> npt.NDArray[np.int32]:
