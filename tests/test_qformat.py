@@ -442,7 +442,9 @@ def test_wrong_uses_are_refused():
         with pytest.raises(CalibrationError, match="not calibrated"):
             network.compare([x])
         with pytest.raises(CalibrationError, match="'0' met NaN"):
-            network.calibrate([x * math.nan], 4)
+            network.calibrate([x, x * math.nan], 8)
+        with pytest.raises(CalibrationError, match=r"'0' has no formats"):
+            model(x)
         network.calibrate([x], 4)
         with pytest.raises(UnsupportedLayerError, match="'0': x holds NaN"):
             model(x * math.nan)

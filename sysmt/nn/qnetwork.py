@@ -417,6 +417,10 @@ class QNetwork:
             with evaluation_mode(self.model):
                 for batch in image_batches(loader, parse_count(images, "images")):
                     self.model(batch)
+        except BaseException:
+            for layer in self.layers.values():
+                layer.forget()
+            raise
         finally:
             self.mode, self._last = "run", None
 
