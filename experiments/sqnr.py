@@ -314,6 +314,8 @@ def _curves(above: Axes, below: Axes, curves: pd.DataFrame) -> None:
         above.plot(rows["channel"], rows["quantized"], label=f"{threads}T", **style)
         below.plot(rows["channel"], rows["difference"], **style)
         below.axhline(rows["difference"].mean(), color=COLOURS[index], linestyle="--", linewidth=0.8)
+    for axes in (above, below):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     below.set_xlabel("channel (dashed: mean over channels)")
 
 

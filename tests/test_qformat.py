@@ -454,6 +454,9 @@ def test_wrong_uses_are_refused():
             network.set_threads(3)
         with pytest.raises(ConfigError, match="no stage 'conv9' 'conv'"):
             network.channels("conv9", "conv")
+        model[3].weight.data[0, 0, 0, 0] = math.nan
+        with pytest.raises(UnsupportedLayerError, match="'3', weight: x holds NaN"):
+            model(x)
         model.train()
         with pytest.raises(UnsupportedLayerError, match="no gradients"):
             model(x)

@@ -150,6 +150,12 @@ class _QLayer:
             )
         return x.detach()
 
+    def _format(self, values: npt.NDArray[Any], what: str) -> QFormat:
+        try:
+            return QFormat.of(values, self.network.bits)
+        except OperandError as error:
+            raise UnsupportedLayerError(f"layer {self.name!r}, {what}: {error}") from None
+
     def _codes(self, x: Tensor, to: QFormat) -> npt.NDArray[Any]:
         try:
             return to.quantize(x.numpy())
@@ -187,7 +193,7 @@ class _QConv(_QLayer):
         fraction = of_input.fraction_bits + self._weight_format.fraction_bits
         if self.module.bias is not None:
             bias = self.module.bias.detach().numpy()
-            own = QFormat.of(bias, self.network.bits)
+            own = self._format(bias, "bias")
             sums = add_bias(sums, align_bias(own.quantize(bias), own.fraction_bits, fraction))
         y = _values(requantize(sums, fraction, of_output, self.network.rounding), of_output)
         if reference is not None:
@@ -200,10 +206,7 @@ class _QConv(_QLayer):
         weight = self.module.weight.detach().contiguous().numpy()
         key = (fingerprint(weight), weight.shape, geometry)
         if key != self._weight_key:
-            try:
-                self._weight_format = QFormat.of(weight, self.network.bits)
-            except OperandError as error:
-                raise UnsupportedLayerError(f"layer {self.name!r}: weight: {error}") from None
+            self._weight_format = self._format(weight, "weight")
             self._packed.clear()
             self._weight_key = key
         config = self.network.config
