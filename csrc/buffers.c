@@ -3,7 +3,12 @@
 #include "buffers.h"
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 enum { KEPT = 16, ALIGNMENT = 64, LARGEST = 8 << 20 };
 
@@ -59,4 +64,19 @@ void buffer_give(void *buffer) {
     }
     pthread_mutex_unlock(&lock);
     free(header);
+}
+
+/* A layer's outputs are a few megabytes each. By default they are mapped afresh, or trimmed off the heap,
+ * again and again. */
+void buffers_keep_heap(void) {
+#ifdef __GLIBC__
+    enum { TRIM_BYTES = 256 << 20, MAP_BYTES = 32 << 20 }; /* the second: as much as the library allows */
+    const char *tunables = getenv("GLIBC_TUNABLES");
+    bool is_tuned = getenv("MALLOC_TRIM_THRESHOLD_") || getenv("MALLOC_MMAP_THRESHOLD_") ||
+                    (tunables && strstr(tunables, "glibc.malloc"));
+    if (!is_tuned) {
+        mallopt(M_TRIM_THRESHOLD, TRIM_BYTES);
+        mallopt(M_MMAP_THRESHOLD, MAP_BYTES);
+    }
+#endif
 }

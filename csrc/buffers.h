@@ -10,4 +10,8 @@ void *buffer_take(size_t bytes);
 /* Give back what buffer_take returned (or NULL): kept for the next taker, up to a few. */
 void buffer_give(void *buffer);
 
+/* Let the C library keep what a forward frees instead of handing it back to the kernel, where it is the GNU
+ * one and the user has not tuned it. Whole process; never more memory than was in use at once. */
+void buffers_keep_heap(void);
+
 #endif

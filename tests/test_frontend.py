@@ -2,6 +2,8 @@
 
 import copy
 import math
+import platform
+import resource
 import warnings
 
 import numpy as np
@@ -17,6 +19,7 @@ import sysmt.hw.timing
 from sysmt.hw.reference import simulate as reference_simulate
 from sysmt.nn.layers import HookedLayer
 from sysmt.nn.lowering import LayerGeometry, im2col
+from sysmt.nn.models import build_model
 from sysmt.quant.uniform import (
     ActivationRange,
     dequantize,
@@ -940,3 +943,17 @@ def test_large_finite_activations_calibrate():
 def test_ranges_that_are_none(bad):
     with sysmt.attach(small_net()) as sim, pytest.raises(sysmt.ConfigError):
         sim.set_ranges(bad)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+def test_a_forward_takes_its_memory_from_the_one_before():
+    net = build_model("resnet20")
+    x = torch.rand(32, 3, 32, 32)
+    with sysmt.attach(net) as sim, torch.inference_mode():
+        sim.calibrate([x], images=32)
+        fresh_pages = []
+        for _ in range(10):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            net(x)
+            fresh_pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(fresh_pages[5:]) * resource.getpagesize() < 32 * 16 * 32 * 32 * 4  # one layer's output

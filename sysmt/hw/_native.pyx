@@ -14,6 +14,9 @@ cnp.import_array()
 cdef extern from "fingerprint.h" nogil:
     unsigned long long fingerprint_bytes "fingerprint"(const unsigned char *data, int64_t bytes, int cpu_threads)
 
+cdef extern from "buffers.h" nogil:
+    void buffers_keep_heap()
+
 cdef extern from "kernels.h" nogil:
     cdef enum:
         MAX_PATHS
@@ -85,6 +88,11 @@ def fingerprint(values, int cpu_threads):
     with nogil:
         result = fingerprint_bytes(&data[0] if size else NULL, size, cpu_threads)
     return result
+
+
+def keep_heap():
+    """Let the C library keep freed memory for the next forward, unless the user has tuned it."""
+    buffers_keep_heap()
 
 
 def path_names():

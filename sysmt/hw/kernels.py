@@ -21,7 +21,16 @@ from sysmt.hw.operands import MAX_K, check_order
 from sysmt.hw.stats import Counters
 from sysmt.hw.timing import slot_count
 
-__all__ = ["TIMES", "ConvResult", "PackedConv", "PackedGemm", "active_path", "available_paths", "fingerprint"]
+__all__ = [
+    "TIMES",
+    "ConvResult",
+    "PackedConv",
+    "PackedGemm",
+    "active_path",
+    "available_paths",
+    "fingerprint",
+    "keep_heap",
+]
 
 TIMES = ("stage", "count", "pack", "multiply", "store")
 """What the vector paths spend their time on, in csrc/'s order."""
@@ -39,6 +48,16 @@ def fingerprint(values: np.ndarray, cpu_threads: int = 1) -> int:
         CPU threads; the result does not depend on it.
     """
     return _native.fingerprint(values, cpu_threads)
+
+
+def keep_heap() -> None:
+    """Let the C library keep what is freed, up to 256 MB, for whole networks to run faster.
+
+    Fresh pages from the kernel cost a network of large activations a fifth of its forward. This sets
+    glibc's thresholds for the whole process, unless the environment has tuned them (MALLOC_*,
+    GLIBC_TUNABLES); elsewhere it does nothing.
+    """
+    _native.keep_heap()
 
 
 def available_paths() -> tuple[str, ...]:

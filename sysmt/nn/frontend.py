@@ -18,6 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from sysmt.config import ArrayConfig, parse_count, parse_threads
 from sysmt.errors import CalibrationError, ConfigError, UnsupportedLayerError, nearest
 from sysmt.hw.energy import EnergyTable, load_table
+from sysmt.hw.kernels import keep_heap
 from sysmt.hw.memory import Memory
 from sysmt.hw.operands import MAX_K
 from sysmt.nn.calibration import RangeObserver, WideObserver, image_batches, run_observed
@@ -162,6 +163,7 @@ class Simulation:
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
             torch.backends.mha.set_fastpath_enabled(False)
+        keep_heap()
         for layer in self.layers.values():
             layer.module.forward = layer  # type: ignore[method-assign]
 
