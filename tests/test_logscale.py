@@ -187,6 +187,16 @@ def test_strided_and_empty_and_infinite(name):
         assert math.isnan(result[2])
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_long_rows_are_like_short_ones(name):
+    x = np.random.default_rng(0).standard_normal(300_001).astype(np.float32)
+    for kind in (x, torch.from_numpy(x)):
+        codes, values = encode(kind, name), approximate(kind, name)
+        for part in (slice(131_070, 131_075), slice(299_990, None)):
+            assert codes[part].tolist() == encode(kind[part], name).tolist()
+            assert values[part].tolist() == approximate(kind[part], name).tolist()
+
+
 def test_gradients_end_here():
     assert not approximate(torch.ones(3, requires_grad=True), "L4").requires_grad
 

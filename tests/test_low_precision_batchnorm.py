@@ -1,5 +1,6 @@
 """Low-precision BatchNorm: the paper's equations, what is kept in memory, whole networks, the array."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
@@ -17,9 +18,11 @@ from torch import nn
 import sysmt
 from sysmt.errors import ConfigError, OperandError
 from sysmt.nn import LowPrecisionBatchNorm1d, LowPrecisionBatchNorm2d
+from sysmt.nn.data import open_data
 from sysmt.nn.low_precision_batchnorm import convert_batchnorm, quantize_gradients, restore_batchnorm
 from sysmt.nn.models import build_model
 from sysmt.nn.packed_activations import in_memory_order, pack_values, recomputed_activations, saved_bytes
+from sysmt.nn.training import train
 from sysmt.quant.logscale import FORMATS, GRADIENT_FORMAT, approximate, packed_bytes
 
 
@@ -306,6 +309,22 @@ def test_what_was_saved_must_not_be_modified_in_place():
         gradients(model, x, False)
     with pytest.raises(OperandError, match="modified by an in-place operation"):
         gradients(model, x, True)
+
+
+def test_training_in_the_one_loop_is_the_same():
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = build_model("digits")
+        convert_batchnorm(model, "O4")
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 1, 16, 16))
+        with recomputed_activations() if recompute else contextlib.nullcontext():
+            train(model, open_data("digits"), 1, images=200, lr=0.1, device="cpu", progress=False)
+        found.append(model.state_dict())
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
+    assert found[0]["bn1.num_batches_tracked"] == 2
 
 
 def test_the_optimiser_may_step_between_forward_and_backward():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -180,6 +180,10 @@ def parse_format(fmt: str | NumberFormat) -> NumberFormat:
     return FORMATS[fmt]
 
 
+_PIECE = 1 << 17
+"""Values converted at a time: their intermediate results stay in the cache."""
+
+
 # -- values and codes --------------------------------------------------------------------------
 
 
@@ -266,15 +270,25 @@ def decode(codes: Array, fmt: str | NumberFormat, dtype: Any = None, *, check: b
         values = np.asarray(fmt.levels, dtype or np.float32)[flat]
     else:
         levels = _levels(fmt, dtype or xp.float32, flat.device)
-        values = levels.index_select(0, flat.to(xp.int32))
+        values = levels.new_empty(len(flat))
+        for piece in _pieces(flat, xp):
+            xp.index_select(levels, 0, flat[piece].to(xp.int32), out=values[piece])
     return cast("Array", values.reshape(codes.shape))
 
 
 def _codes(values: Any, fmt: NumberFormat, xp: ModuleType) -> Any:
-    if xp is not np:
-        return fmt.codes(values, xp).to(xp.uint8)
+    flat = values.reshape(-1)
+    codes = xp.empty(len(flat), dtype=xp.uint8, **_where(values, xp))
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are clamped; NaN is the caller's to see
-        return fmt.codes(values, xp).astype(np.uint8)
+        for piece in _pieces(flat, xp):
+            codes[piece] = fmt.codes(flat[piece], xp)
+    return codes.reshape(values.shape)
+
+
+def _pieces(flat: Any, xp: ModuleType) -> Iterator[slice]:
+    """Cut a long row up on a CPU; a GPU takes it whole."""
+    size = _PIECE if xp is np or flat.device.type == "cpu" else max(1, len(flat))
+    return (slice(start, start + size) for start in range(0, len(flat), size))
 
 
 @lru_cache(maxsize=64)
