@@ -75,7 +75,7 @@ class Plan:
 
 EVERY = (FLOAT, *FORMATS)
 ON_SMALL_IMAGES = Plan(tuple(2**n for n in range(11)), (*EVERY, GRADIENTS), 30, 15, {"L4": 10, "L5": 1}, 2)
-ON_LARGER_IMAGES = Plan((1, 4, 16, 64, 256), (*EVERY, GRADIENTS), 10, 3, {"L4": 2, "L5": 1}, 1)
+ON_LARGER_IMAGES = Plan((4, 32, 256), (*EVERY, GRADIENTS), 8, 3, {"L4": 2, "L5": 1}, 1)
 QUICK = Plan((4, 32), (FLOAT, "L2", "L4", "U8"), 3, 1, {"L4": 1, "L5": 1}, 1, 500)
 
 
@@ -183,10 +183,9 @@ class _Study:
     def _builders(self) -> dict[str, Callable[[], nn.Module]]:
         """Return Table 3's networks in small, by name."""
         p, classes = self.data.preprocessing, self.data.num_classes
-        width = 8 if p.image_size <= SMALL_IMAGES else 16
         return {
             f"VGG(8), {self.data.name}": lambda: cromulent.vgg(8, classes, p.channels, p.image_size),
-            f"ResNet-8, {self.data.name}": lambda: SmallResNet((1, 1, 1), classes, p.channels, width),
+            f"ResNet-8, {self.data.name}": lambda: SmallResNet((1, 1, 1), classes, p.channels, 8),
         }
 
     # -- measuring -----------------------------------------------------------------------------
