@@ -366,6 +366,7 @@ typedef struct {
     Run runs[TILE];
     int run_count;
     int64_t lane_to[TILE];
+    bool is_whole[TILE / 16];
 } TilePlaces;
 
 /* Split a row's part of the tile into runs that stay within groups of 16 lanes. */
@@ -391,6 +392,7 @@ static void place_tile(const Job *job, int64_t tile, TilePlaces *places) {
     places->run_count = 0;
     for (int lane = 0; lane < TILE; lane++)
         places->lane_to[lane] = NOWHERE;
+    memset(places->is_whole, 0, sizeof places->is_whole);
     for (; row < job->rows && start < TILE; row++, start += geometry->pitch) {
         Row at = geometry_row(geometry, job->first_row + row);
         int64_t first = start < 0 ? -start : 0; /* column */
@@ -400,6 +402,8 @@ static void place_tile(const Job *job, int64_t tile, TilePlaces *places) {
             add_runs(places, (int)(start + first), (int)(start + end), to);
         for (int64_t column = first; sink->stride_w != 1 && column < end; column++, to += sink->stride_w)
             places->lane_to[start + column] = to;
+        for (int64_t group = (start + first + 15) / 16; 16 * group + 16 <= start + end; group++)
+            places->is_whole[group] = true;
     }
 }
 
@@ -484,6 +488,7 @@ static void job_store(const Job *job, int64_t first, int64_t end) {
                                     .runs = places.runs,
                                     .run_count = places.run_count,
                                     .lane_to = places.lane_to,
+                                    .is_whole = places.is_whole,
                                     .acc = (const int32_t (*)[TILE])acc};
             shared->ops->store(&store);
         }

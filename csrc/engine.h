@@ -111,6 +111,7 @@ typedef struct {
     const Run *runs; /* used where the sink's rows are contiguous */
     int run_count;
     const int64_t *lane_to; /* (TILE): element offset, or NOWHERE; used elsewhere */
+    const bool *is_whole;   /* (TILE / 16): whether 16 lanes are neighbours in one row; likewise */
     const int32_t (*acc)[TILE];
 } StoreArguments;
 

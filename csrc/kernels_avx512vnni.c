@@ -31,28 +31,32 @@ INLINE __mmask16 first_lanes(int64_t count) {
 
 typedef struct {
     __m512 inverse, low, high;
-    __mmask16 nonfinite, negative; /* of everything seen so far */
+    __m512 lowest, poison; /* of everything seen so far: the least value; NaN where one was not finite */
 } Rounder;
 
 INLINE Rounder make_rounder(const Quantiser *quantiser) {
-    return (Rounder){_mm512_set1_ps(quantiser->inverse_scale),
-                     _mm512_set1_ps(quantiser->is_signed ? -127 : 0),
-                     _mm512_set1_ps(quantiser->is_signed ? 127 : 255), 0, 0};
+    return (Rounder){
+        _mm512_set1_ps(quantiser->inverse_scale), _mm512_set1_ps(quantiser->is_signed ? -127 : 0),
+        _mm512_set1_ps(quantiser->is_signed ? 127 : 255), _mm512_setzero_ps(), _mm512_setzero_ps()};
 }
 
 INLINE void note(const Rounder *rounder, Seen *seen) {
-    seen->nonfinite |= rounder->nonfinite != 0;
-    seen->negative |= rounder->negative != 0;
+    seen->nonfinite |= _mm512_cmp_ps_mask(rounder->poison, rounder->poison, _CMP_UNORD_Q) != 0;
+    seen->negative |= _mm512_cmp_ps_mask(rounder->lowest, _mm512_setzero_ps(), _CMP_LT_OQ) != 0;
+}
+
+/* 16 floats, scaled and rounded; unsigned ones are clamped from above alone: what is below 0 stays below. */
+INLINE __m512i scale_and_round(Rounder *rounder, __m512 x, const bool is_signed) {
+    rounder->lowest = _mm512_min_ps(x, rounder->lowest); /* the second, if x is NaN */
+    rounder->poison = _mm512_fmadd_ps(x, _mm512_setzero_ps(), rounder->poison);
+    __m512 scaled = _mm512_min_ps(_mm512_mul_ps(x, rounder->inverse), rounder->high);
+    return _mm512_cvtps_epi32(is_signed ? _mm512_max_ps(scaled, rounder->low) : scaled);
 }
 
 /* 16 floats to 16 bytes. */
 INLINE __m128i quantise(Rounder *rounder, __m512 x) {
-    enum { NAN_OR_INFINITE = 0x99 };
-    rounder->nonfinite |= _mm512_fpclass_ps_mask(x, NAN_OR_INFINITE);
-    rounder->negative |= _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-    __m512 scaled = _mm512_mul_ps(x, rounder->inverse);
-    scaled = _mm512_max_ps(_mm512_min_ps(scaled, rounder->high), rounder->low);
-    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled));
+    __m512i rounded = scale_and_round(rounder, x, true); /* low is 0 if unsigned */
+    return _mm512_cvtepi32_epi8(rounded);
 }
 
 /* Up to 16 floats, every second of memory; nothing behind the last is read. */
@@ -104,21 +108,69 @@ INLINE void store_columns(const __m128i columns[16], int64_t pixels, int64_t cha
             _mm_mask_storeu_epi8(to + c * channel_stride, first_lanes(pixels), columns[c]);
 }
 
-static void quantise_pixels(const float *from, int64_t pixel_stride, int64_t count, int64_t channels,
-                            const Quantiser *quantiser, uint8_t *to, int64_t channel_stride, Seen *seen) {
+/* 16 pixels of 16 channels to 16 bytes a channel:
+ *
+ *     pixels 4k..4k+3, a vector each    c0 c1 c2 c3 | c4 ..      32 bits each
+ *     packed to bytes, lane by lane     p0c0 p0c1 p0c2 p0c3 p1c0 .. p3c3 | ..
+ *     shuffled                          p0c0 p1c0 p2c0 p3c0 p0c1 .. | ..     so that a dword is a channel
+ *     and the four k interleaved        16 pixels of channel 0 | of channel 4 | 8 | 12,  of 1 | 5 | ..
+ */
+INLINE void quantise_square(Rounder *rounder, const float *from, int64_t pixel_stride, int64_t pixels,
+                            __mmask16 present, const bool is_signed, __m128i columns[16]) {
+    const __m512i by_channel =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i fours[4];
+    UNROLL for (int k = 0; k < 4; k++) {
+        __m512i pixel[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            int p = 4 * k + i;
+            __m512 x =
+                p < pixels ? _mm512_maskz_loadu_ps(present, from + p * pixel_stride) : _mm512_setzero_ps();
+            pixel[i] = scale_and_round(rounder, x, is_signed);
+        }
+        __m512i low = _mm512_packs_epi32(pixel[0], pixel[1]), high = _mm512_packs_epi32(pixel[2], pixel[3]);
+        __m512i bytes = is_signed ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
+        fours[k] = _mm512_shuffle_epi8(bytes, by_channel);
+    }
+    __m512i even_low = _mm512_unpacklo_epi32(fours[0], fours[1]);
+    __m512i even_high = _mm512_unpacklo_epi32(fours[2], fours[3]);
+    __m512i odd_low = _mm512_unpackhi_epi32(fours[0], fours[1]);
+    __m512i odd_high = _mm512_unpackhi_epi32(fours[2], fours[3]);
+    const __m512i of_remainder[4] = {
+        _mm512_unpacklo_epi64(even_low, even_high), _mm512_unpackhi_epi64(even_low, even_high),
+        _mm512_unpacklo_epi64(odd_low, odd_high), _mm512_unpackhi_epi64(odd_low, odd_high)};
+    UNROLL for (int i = 0; i < 4; i++) {
+        columns[i] = _mm512_castsi512_si128(of_remainder[i]);
+        columns[4 + i] = _mm512_extracti32x4_epi32(of_remainder[i], 1);
+        columns[8 + i] = _mm512_extracti32x4_epi32(of_remainder[i], 2);
+        columns[12 + i] = _mm512_extracti32x4_epi32(of_remainder[i], 3);
+    }
+}
+
+INLINE void quantise_squares(const float *from, int64_t pixel_stride, int64_t count, int64_t channels,
+                             const Quantiser *quantiser, uint8_t *to, int64_t channel_stride, Seen *seen,
+                             const bool is_signed) {
     Rounder rounder = make_rounder(quantiser);
     for (int64_t i = 0; i < count; i += 16)
         for (int64_t c = 0; c < channels; c += 16) {
-            __mmask16 present = first_lanes(channels - c);
-            __m128i rows[16];
-            UNROLL for (int p = 0; p < 16; p++) rows[p] =
-                i + p < count
-                    ? quantise(&rounder, _mm512_maskz_loadu_ps(present, from + (i + p) * pixel_stride + c))
-                    : _mm_setzero_si128();
-            transpose_bytes(rows);
-            store_columns(rows, count - i, channels - c, to + c * channel_stride + i, channel_stride);
+            const float *square = from + i * pixel_stride + c;
+            __m128i columns[16];
+            if (count - i >= 16 && channels - c >= 16)
+                quantise_square(&rounder, square, pixel_stride, 16, 0xFFFF, is_signed, columns);
+            else
+                quantise_square(&rounder, square, pixel_stride, count - i, first_lanes(channels - c),
+                                is_signed, columns);
+            store_columns(columns, count - i, channels - c, to + c * channel_stride + i, channel_stride);
         }
     note(&rounder, seen);
+}
+
+static void quantise_pixels(const float *from, int64_t pixel_stride, int64_t count, int64_t channels,
+                            const Quantiser *quantiser, uint8_t *to, int64_t channel_stride, Seen *seen) {
+    if (quantiser->is_signed)
+        quantise_squares(from, pixel_stride, count, channels, quantiser, to, channel_stride, seen, true);
+    else
+        quantise_squares(from, pixel_stride, count, channels, quantiser, to, channel_stride, seen, false);
 }
 
 static void transpose_pixels(const uint8_t *from, int64_t pixel_stride, int64_t count, int64_t channels,
@@ -544,6 +596,12 @@ static void store_lanes(const StoreArguments *store) {
             c < store->channels ? finish(store->sink, store->first_channel + c, &store->acc[c][at])
                                 : _mm512_setzero_si512();
         transpose_words(channels, positions);
+        if (store->is_whole[at / LANES] && store->channels == BLOCK && store->sink->stride_n == 1) {
+            int32_t *first = to + store->lane_to[at];
+            UNROLL for (int lane = 0; lane < LANES; lane++)
+                _mm256_storeu_si256((__m256i *)(first + lane * store->sink->stride_w), positions[lane]);
+            continue;
+        }
         for (int lane = 0; lane < LANES; lane++) {
             int64_t offset = store->lane_to[at + lane];
             if (offset == NOWHERE)

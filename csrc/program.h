@@ -108,7 +108,7 @@ static inline int64_t steps_of_chunk(const Layer *layer, int64_t chunk) {
 
 /* Output positions that a job aims at: their sums, for all channels, stay in the core's cache, too. */
 static inline int64_t wanted_positions(const Layer *layer) {
-    enum { SUMS_BYTES = 384 << 10, LEAST = 128, MOST = 1024 };
+    enum { SUMS_BYTES = 384 << 10, LEAST = 128, MOST = 2048 };
     int64_t positions = SUMS_BYTES / 4 / (layer->shape.n ? layer->shape.n : 1);
     return positions < LEAST ? LEAST : positions > MOST ? MOST : positions;
 }
