@@ -268,7 +268,8 @@ def layout_of(summary: pd.DataFrame, title: str) -> str:
         cells = [_cell(here, kind, "top1") for kind in kinds]
         cells.append(_cell(here, "final", "gain", signs=True))
         for kind in ("population", "final"):
-            cells.append(percent(here.loc[kind, "jitter"]) if kind in here.index else "")
+            jitter = here["jitter"].get(kind, np.nan)
+            cells.append("" if np.isnan(jitter) else percent(jitter))
         rows.append([f"{variant}, {schedule} rate", *cells])
     note = (
         f"Mean ± standard deviation of the last {LAST_TESTS} tests of each run. Gains are test by test, over "
@@ -282,9 +283,9 @@ def _cell(here: pd.DataFrame, kind: str, column: str, signs: bool = False) -> st
     if kind not in here.index:
         return ""
     mean, deviation = here.loc[kind, column], here.loc[kind, f"{column}_sd"]
-    if np.isnan(mean):
-        return "did not converge"
-    return f"{signed(mean) if signs else percent(mean)} ± {percent(deviation)}"
+    if np.isnan(mean):  # of a gain: one of the two kinds was not measured, or did not converge
+        return "" if signs else "did not converge"
+    return (signed(mean) if signs else percent(mean)) + (f" ± {percent(deviation)}" if deviation >= 0 else "")
 
 
 def draw_accuracies(summary: pd.DataFrame, path: Path, title: str) -> None:
