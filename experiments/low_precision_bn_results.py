@@ -164,7 +164,7 @@ def layout_memory(table: pd.DataFrame) -> str:
     rows = [[fmt, *(cell(fmt, network) for network in networks)] for fmt in table["format"].unique()]
     note = (
         "Bytes kept for the backward pass, in % of those with float BatchNorm (16 images of 32 x 32 pixels): "
-        "of the layers alone / with the ReLUs' and convolutions' activations computed again.\n"
+        "of the layers alone / with what follows from them computed again, and max pooling keeping places.\n"
     )
     return f"{markdown(['kept in training', *networks], rows)}\n{note}"
 
@@ -183,6 +183,8 @@ def draw_figure2(table: pd.DataFrame, path: Path) -> None:
                     colour, marker = LOOK[fmt]
                     panel.plot(rows["width"], 100 * rows[column], color=colour, marker=marker, label=fmt)
             panel.set_xscale("log", base=2)
+            widths = sorted(table["width"].unique())
+            panel.set_xticks(widths, [str(width) for width in widths])
             panel.set_xlabel("width of the two hidden layers")
             panel.set_title(f"{what} accuracy against float BatchNorm")
         panels[0].set_ylabel("change, points")
@@ -206,6 +208,8 @@ def draw_table3(table: pd.DataFrame, path: Path) -> None:
             floats = 100 * (1 - float(rows.loc[rows["format"] == FLOAT, "top1"].iloc[0]))
             axes.axhline(floats, color=COLOURS[index], linestyle="--", linewidth=0.8)
         axes.set_yscale("log")
+        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_format("{x:g}")
         axes.set_xticks(range(len(formats)), [fmt.replace(", ", ",\n") for fmt in formats])
         axes.set_ylabel("test error, %\n(bars: s.e. of the difference to float)")
         drawing.legend(loc="outside lower center", ncols=2)

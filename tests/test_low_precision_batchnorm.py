@@ -303,6 +303,44 @@ def test_whatever_comes_between_gradients_are_the_same(gap, inplace):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 0), "ceil_mode": True},
+        {"kernel_size": 3, "stride": 1, "dilation": (1, 2)},
+        {"kernel_size": 17, "stride": 1, "padding": 8},  # 289 places: left to torch
+        {"kernel_size": 2, "return_indices": True},
+    ],
+)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_max_pooling_keeps_places_alone(options, memory):
+    x = batch(3, 4, 11, 9, dtype=torch.float32).to(memory_format=memory).requires_grad_()
+    found = []
+    for context in (contextlib.nullcontext(), recomputed_activations()):
+        x.grad = None
+        with context:
+            result = F.max_pool2d(2 * x, **options)
+        y = result[0] if isinstance(result, tuple) else result
+        y.square().sum().backward()
+        found += [(y, x.grad)]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    if options["kernel_size"] == 3:
+        assert saved_bytes(Pooled(**options), x.detach()) == packed_bytes(y.numel(), 4)
+
+
+class Pooled(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.options = options
+
+    def forward(self, x):
+        return F.max_pool2d(x + self.scale, **self.options)
+
+
 def test_what_was_saved_must_not_be_modified_in_place():
     model, x = small_network(inplace=True, gap=nn.Sigmoid()), batch(3, 2, 8, 8, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # torch's own

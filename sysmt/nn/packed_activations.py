@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sysmt.errors import OperandError
+from sysmt.nn.packed_pooling import packed_max_pool2d
 from sysmt.quant.logscale import decode, encode, pack, parse_format, unpack
 
 __all__ = [
@@ -186,8 +187,8 @@ def note_recipe(y: Tensor, packed: Tensor, packing: Packing, scale: Tensor | Non
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 
-class _FollowReLU(TorchFunctionMode):
-    """Knows the result of a ReLU by its argument's recipe."""
+class _FrugalFunctions(TorchFunctionMode):
+    """Knows the result of a ReLU by its argument's recipe, and has max pooling keep packed places."""
 
     def __init__(self, recipes: _Recipes) -> None:
         super().__init__()
@@ -197,6 +198,8 @@ class _FollowReLU(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.max_pool2d:
+            return packed_max_pool2d(*args, **kwargs)
         if func not in _RELU:
             return func(*args, **kwargs)
         recipe = self._recipes.find(args[0] if args else kwargs["input"])
@@ -218,7 +221,8 @@ def recomputed_activations(observe: Callable[[Tensor], object] | None = None) ->
 
     Any operation that wants to save the output of a low-precision BatchNorm layer, or that output after a
     ReLU (function or module, in place or not), saves a reference to the layer's packed codes instead;
-    the backward pass computes the activation again, bit by bit the same. Gradients do not change.
+    the backward pass computes the activation again, bit by bit the same. Max pooling keeps the places of
+    its maxima alone, which take 4 bits for windows of 3 x 3. Gradients do not change.
     What is saved of other tensors, such as the sum after a residual addition, is saved as ever.
 
     Parameters
@@ -251,7 +255,7 @@ def recomputed_activations(observe: Callable[[Tensor], object] | None = None) ->
 
     before = _recipes.set(recipes)
     try:
-        with _FollowReLU(recipes), torch.autograd.graph.saved_tensors_hooks(keep, give_back):
+        with _FrugalFunctions(recipes), torch.autograd.graph.saved_tensors_hooks(keep, give_back):
             yield
     finally:
         _recipes.reset(before)
