@@ -277,9 +277,7 @@ def train(
         if channels_last and torch.device(device).type == "cpu":
             _lay_out(_weights_4d(model), torch.channels_last)
         with batch_statistics(model, kind) as batchnorms:
-            run = _Run(model, data, recipe, Path(checkpoint) if checkpoint else None)
-            run.freezable = batchnorms
-            run.test = test
+            run = _Run(model, data, recipe, Path(checkpoint) if checkpoint else None, test, batchnorms)
             with progress_bar("training", run.images and run.images * epochs, enabled=progress) as bar:
                 bar.advance(run.images * len(run.records))
                 for epoch in range(len(run.records), epochs):
@@ -307,12 +305,13 @@ class _Run:
         data: ImageData | Iterable[tuple[Tensor, Tensor]],
         recipe: Mapping[str, Any],
         checkpoint: Path | None,
+        test: Iterable[tuple[Tensor, Tensor]] | None,
+        batchnorms: Sequence[nn.Module],
     ) -> None:
         self.model, self.data, self.recipe, self.checkpoint = model, data, dict(recipe), checkpoint
+        self.test, self.batchnorms = test, batchnorms
         self.records: list[dict[str, float]] = []
         self.tests: list[dict[str, float]] = []
-        self.test: Iterable[tuple[Tensor, Tensor]] | None = None
-        self.freezable: Sequence[nn.Module] = ()
         first = self._loader(0)
         if not isinstance(first, Sized):
             raise ConfigError(f"{type(first).__name__} has no length; training must know the steps per epoch")
@@ -386,7 +385,7 @@ class _Run:
         """From its step on, let BatchNorm normalise as it does in evaluation."""
         freeze_after = self.recipe.get("freeze_after")
         if freeze_after is not None and self.scheduler.last_epoch >= freeze_after:
-            for layer in self.freezable:
+            for layer in self.batchnorms:
                 layer.training = False
 
     def _forward(self, inputs: Tensor) -> Tensor:
