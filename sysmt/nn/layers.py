@@ -86,7 +86,8 @@ class HookedLayer:
         self.captures: list[CapturedGemm] = []
         self._packed: dict[tuple[Any, ...], PackedConv] = {}
         self._weight_key: tuple[Any, ...] | None = None
-        self._weight_q = np.empty(0, np.int8)
+        self._codes: np.ndarray | None = None
+        self._codes_key = 0
         self._weight_scales = np.empty(0, np.float32)
         self._warned_negative = False
         self.reset()
@@ -280,6 +281,7 @@ class HookedLayer:
                 signed=self.range.signed,
                 order=self.orders(threads),
             )
+        self._codes = None  # a network's worth of memory; made again if there is something else to pack
         return self._packed[key]
 
     def _refresh_weights(self) -> None:
@@ -291,14 +293,24 @@ class HookedLayer:
         values = weight.numpy()
         if not np.isfinite(values).all():
             raise UnsupportedLayerError(f"layer {self.name!r} has NaN or infinite weights")
-        scales = weight_scales(values, per_channel=self.simulation.per_channel)
-        weight_q = quantize_weights(values, scales)
-        if weight_q.ndim == 2:
-            weight_q = weight_q[:, :, None, None]
-        if not np.array_equal(weight_q, self._weight_q):
+        self._weight_scales = weight_scales(values, per_channel=self.simulation.per_channel)
+        self._codes = None
+        codes_key = fingerprint(self._weight_q)
+        if codes_key != self._codes_key:
             self._packed.clear()
-        self._weight_q, self._weight_scales = weight_q, scales
-        self._weight_key = key
+        self._weight_key, self._codes_key = key, codes_key
+
+    @property
+    def _weight_q(self) -> np.ndarray:
+        """Quantise the weights, as (N, C / groups, kh, kw) of int8."""
+        if self._codes is None:
+            codes = quantize_weights(self.module.weight.detach().numpy(), self._weight_scales)
+            self._codes = np.ascontiguousarray(codes[:, :, None, None] if codes.ndim == 2 else codes)
+        return self._codes
+
+    @_weight_q.setter
+    def _weight_q(self, codes: np.ndarray) -> None:
+        self._codes = codes
 
     def _refresh_geometry(self) -> None:
         """Follow a stride or padding that was changed since the last forward."""
