@@ -103,20 +103,56 @@ def counting_rows() -> Iterator[Row]:
             }
 
 
+SIZES = {"m": 1024, "n": 128, "k": 1152, "images": 8}
+"""The GEMM, and the batch of 64-channel 28 x 28 images, of which one size at a time is varied."""
+
+MULTIPLES = (0.125, 0.25, 0.5, 1, 2, 4)
+
+
 def scaling_rows() -> Iterator[Row]:
-    """Time against M, per path and thread count: the cost is linear."""
+    """Time against M, per path and thread count, and on the best path against N, K and images: all linear."""
     for path in available_paths():
-        sizes = (64, 128, 256, 512, 1024, 2048, 4096) if path != "scalar" else (16, 32, 64)
-        a, b = draw_operands(max(sizes), 128, 1152, 0.02)
+        sizes = [int(multiple * SIZES["m"]) for multiple in MULTIPLES] if path != "scalar" else [16, 32, 64]
+        a, b = draw_operands(max(sizes), SIZES["n"], SIZES["k"], 0.02)
         for threads in (1, 2, 4):
             gemm = PackedGemm(b, ArrayConfig(threads=threads), path=path)
-            seconds = take_turns({str(m): partial(gemm.run, a[:m], count=False) for m in sizes}, rounds=5)
-            for m in sizes:
-                yield {
-                    "part": "scaling",
-                    "name": path,
-                    "threads": threads,
-                    "m": m,
-                    "seconds": seconds[str(m)],
-                    "gmacs_per_second": m * 128 * 1152 / 1e9 / seconds[str(m)],
-                }
+            runs = {m: partial(gemm.run, a[:m], count=False) for m in sizes}
+            yield from _scaling("m", path, threads, runs, SIZES["n"] * SIZES["k"])
+    for axis in ("n", "k", "images"):
+        sizes = [max(1, int(multiple * SIZES[axis])) for multiple in MULTIPLES]
+        for threads in (1, 2, 4):
+            make = _forward_of_images if axis == "images" else partial(_gemm_of_size, axis)
+            per_size = (
+                64 * 64 * 9 * 28 * 28 if axis == "images" else SIZES["m"] * SIZES["k" if axis == "n" else "n"]
+            )
+            runs = {size: make(size, threads) for size in sizes}
+            yield from _scaling(axis, available_paths()[0], threads, runs, per_size)
+
+
+def _gemm_of_size(axis: str, size: int, threads: int) -> partial[Any]:
+    m, n, k = ({**SIZES, axis: size}[name] for name in ("m", "n", "k"))
+    a, b = draw_operands(m, n, k, 0.02)
+    return partial(PackedGemm(b, ArrayConfig(threads=threads)).run, a, count=False)
+
+
+def _forward_of_images(images: int, threads: int) -> partial[Any]:
+    weight = draw_operands(1, 64, 576, 0.02)[1].T.reshape(64, 64, 3, 3)
+    conv = PackedConv(np.ascontiguousarray(weight), ArrayConfig(threads=threads), padding=((1, 1), (1, 1)))
+    x = np.maximum(np.random.default_rng(0).normal(0, 60, (images, 64, 28, 28)), 0).astype(np.float32)
+    return partial(conv.forward, x, 1.0, np.ones(64, np.float32), out=np.empty_like(x))
+
+
+def _scaling(
+    axis: str, path: str, threads: int, runs: dict[int, partial[Any]], macs_per_size: int
+) -> Iterator[Row]:
+    seconds = take_turns({str(size): run for size, run in runs.items()}, rounds=5)
+    for size in runs:
+        yield {
+            "part": "scaling",
+            "name": path,
+            "threads": threads,
+            "axis": axis,
+            "size": size,
+            "seconds": seconds[str(size)],
+            "gmacs_per_second": size * macs_per_size / 1e9 / seconds[str(size)],
+        }

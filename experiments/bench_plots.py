@@ -14,7 +14,8 @@ mpl.use("Agg")
 def draw_roofline(rows: pd.DataFrame, machine: str, path: Path) -> None:
     """Draw GMAC/s of every path and thread count beside torch's two ways to multiply."""
     gemm = rows[rows["part"] == "gemm"]
-    peak = rows[rows["part"] == "scaling"].groupby(["name", "threads"], sort=False)["gmacs_per_second"].max()
+    by_m = rows[(rows["part"] == "scaling") & (rows["axis"] == "m")]
+    peak = by_m.groupby(["name", "threads"], sort=False)["gmacs_per_second"].max()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     labels = [f"{name}\n{threads}T" for name, threads in peak.index]
     axes.bar(
@@ -36,13 +37,27 @@ def draw_roofline(rows: pd.DataFrame, machine: str, path: Path) -> None:
     plt.close(figure)
 
 
+LABELS = {
+    "m": "M, rows (N = 128, K = 1152)",
+    "n": "N, output channels (M = 1024, K = 1152)",
+    "k": "K (M = 1024, N = 128)",
+    "images": "images (64 channels, 28 x 28, 3 x 3)",
+}
+
+
 def draw_scaling(rows: pd.DataFrame, machine: str, path: Path) -> None:
-    """Draw time against M on logarithmic axes: straight lines of slope 1 mean linear cost."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for (name, threads), group in rows.groupby(["name", "threads"], sort=False):
-        axes.plot(group["m"], 1e3 * group["seconds"], marker="o", label=f"{name} {threads}T")
-    axes.set(xscale="log", yscale="log", xlabel="M, rows (N = 128, K = 1152)", ylabel="ms", title=machine)
-    axes.title.set_fontsize(8)
-    axes.legend(fontsize=7)
+    """Draw time against M, N, K and images on logarithmic axes: slope 1 means linear cost."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for axes, (axis, label) in zip(panels.flat, LABELS.items(), strict=True):
+        here = rows[rows["axis"] == axis]
+        for (name, threads), group in here.groupby(["name", "threads"], sort=False):
+            axes.plot(group["size"], 1e3 * group["seconds"], marker="o", label=f"{name} {threads}T")
+        middle = here[here["threads"] == 1].iloc[-1]
+        sizes = here["size"].unique()
+        ideal = 1e3 * middle["seconds"] * sizes / middle["size"]
+        axes.plot(sizes, ideal, linestyle=":", color="black", label="slope 1")
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ms")
+        axes.legend(fontsize=7)
+    figure.suptitle(machine, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
