@@ -348,7 +348,7 @@ def _won(axes: Axes, pairs: pd.DataFrame, bits: int) -> None:
         style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": "none", "markersize": 4}
         axes.plot(places, here["won"], **style)
         axes.plot(places, here["won_exact"], markerfacecolor="white", **style)
-    axes.set_xlabel("pair of convolution and BatchNorm (white: BatchNorm in float)")
+    axes.set_xlabel("pair (white: BatchNorm in float)")
     axes.set_ylabel("won by BatchNorm, dB")
 
 
