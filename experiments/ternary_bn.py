@@ -373,11 +373,14 @@ def draw_curves(ledger: Ledger, points: Sequence[Mapping[str, Any]], path: Path,
         axes.remove()
         panels = drawing.subplots(1, len(networks), sharey=True, squeeze=False)[0]
         for panel, network in zip(panels, networks, strict=True):
-            for index, name in enumerate(COLUMNS):
+            for index, (name, column) in enumerate(COLUMNS.items()):
                 rows = tests[(tests["network"] == network) & (tests["column"] == name)]
+                # Networks that do not converge lie on one another.
+                style = "-" if column.threshold is TernaryThreshold.TWN else "--"
                 for number, (_, run) in enumerate(rows.groupby("seed")):
                     label = None if number else name
-                    panel.plot(run["epoch"], 100 * run["test_top1"], color=COLOURS[index], label=label)
+                    accuracies = 100 * run["test_top1"]
+                    panel.plot(run["epoch"], accuracies, color=COLOURS[index], linestyle=style, label=label)
             panel.set_xlabel("epochs")
             panel.set_title(f"{network}, {title}")
             panel.set_ylim(0, 100)
