@@ -51,7 +51,7 @@ static void run_part(void *context, int64_t index) {
 uint64_t fingerprint(const unsigned char *data, int64_t bytes, int cpu_threads) {
     if (bytes <= PART_BYTES)
         return fingerprint_part(data, bytes);
-    Parts parts = {.data = data, .bytes = bytes, .part_bytes = (bytes / PARTS + 63) / 64 * 64};
+    Parts parts = {.data = data, .bytes = bytes, .part_bytes = (bytes / PARTS + 64) / 64 * 64};
     int64_t count = (bytes + parts.part_bytes - 1) / parts.part_bytes;
     parallel_for(count, cpu_threads, run_part, &parts);
     return fingerprint_part((const unsigned char *)parts.of_part, count * (int64_t)sizeof(uint64_t)) ^

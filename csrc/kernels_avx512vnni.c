@@ -377,14 +377,16 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, int64_t at, const in
                 crowded[v] = _mm_movepi8_mask(_mm_loadu_si128((const __m128i *)(crowd + offset + v * LANES)));
         }
         UNROLL for (int c = 0; c < BLOCK; c++) {
-            __m512i w = in_register(_mm512_set1_epi32((int)word[c])), w4 = w, mask = w;
+            __m512i w = in_register(_mm512_set1_epi32((int)word[c])), w4 = w;
             if (blends)
                 w4 = in_register(_mm512_set1_epi32((int)word[BLOCK + c]));
-            if (selects)
-                mask = _mm512_set1_epi32((int)word[(words - 1) * BLOCK + c]);
             UNROLL for (int v = 0; v < vectors; v++) {
-                enum { SELECT = 0xE4 }; /* C ? A : B */
-                __m512i a = selects ? _mm512_ternarylogic_epi32(a1[v], a0[v], mask, SELECT) : a0[v];
+                enum { SELECT = 0xCA }; /* A ? B : C */
+                __m512i a = a0[v];
+                if (selects) { /* loaded for every v: the mask's register becomes the result's */
+                    __m512i mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * BLOCK + c]));
+                    a = _mm512_ternarylogic_epi32(mask, a1[v], a0[v], SELECT);
+                }
                 __m512i b = blends ? _mm512_mask_blend_epi32(crowded[v], w, w4) : w;
                 acc[c][v] = _mm512_dpbusd_epi32(acc[c][v], a, b);
             }
