@@ -125,7 +125,8 @@ def choose_maps(bench: Bench, dots: int) -> list[dict[str, int]]:
 def layout_of(points: pd.DataFrame) -> str:
     """Lay out what recalibration gives, and the fronts."""
     rows = []
-    for network, table in points.groupby("network", sort=False):
+    for network, every in points.groupby("network", sort=False):
+        table = every.dropna(axis=1, how="all")  # without the other networks' layers
         layers = [name for name in table.columns if name.startswith("threads of ")]
         both = table.pivot_table(index=layers, columns="recalibrate", values="top1").dropna()
         gain = both["ema"] - both[NOT_RECALIBRATED]

@@ -88,3 +88,14 @@ def test_figure_1_has_each_map_with_and_without_recalibration(weights, tmp_path)
     assert (out / "figure1b.png").is_file()
     collisions = points[points["speedup"] == 4].groupby("network")["collision_rate"].mean()
     assert collisions["digits, 40 % pruned"] < collisions["digits"]
+
+
+def test_networks_of_different_layers_stand_in_one_table():
+    common = {"speedup": [4.0, 4.0], "recalibrate": ["none", "ema"], "float_top1": 0.9}
+    small = pd.DataFrame({**common, "network": "small", "threads of a": 4, "top1": [0.80, 0.85]})
+    large = pd.DataFrame(
+        {**common, "network": "large", "threads of a": 4, "threads of b": 4, "top1": [0.70, 0.71]}
+    )
+    text = figure1.layout_of(pd.concat([small, large]))
+    assert "+5.00" in text
+    assert "+1.00" in text
