@@ -292,6 +292,9 @@ def draw_accuracies(summary: pd.DataFrame, path: Path, title: str) -> None:
     """Draw Figures 1, 2 and 4: accuracies of each network with each kind of statistics."""
     schedules = list(dict.fromkeys(summary["schedule"]))
     variants = list(dict.fromkeys(summary["variant"]))
+    compared = summary[summary["statistics"] != "frozen"]  # which may collapse, and squeeze the rest
+    lowest = (compared["top1"] - compared["top1_sd"].fillna(0)).min()
+    floor = 0.0 if np.isnan(lowest) else max(0.0, 100 * float(lowest) - 5)
     with figure(path, width_in=4.2 * len(schedules) + 0.6, height_in=3.4) as (drawing, axes):
         axes.remove()
         panels = drawing.subplots(1, len(schedules), sharey=True, squeeze=False)[0]
@@ -301,6 +304,11 @@ def draw_accuracies(summary: pd.DataFrame, path: Path, title: str) -> None:
                 if rows.empty:
                     continue
                 places = [variants.index(variant) + 0.18 * (index - 1) for variant in rows["variant"]]
+                for place, top1 in zip(places, 100 * rows["top1"], strict=True):
+                    if top1 < floor:
+                        panel.text(
+                            place, floor, f"↓ {top1:.0f}", color=COLOURS[index], ha="center", va="bottom"
+                        )
                 panel.errorbar(
                     places,
                     100 * rows["top1"],
@@ -313,6 +321,7 @@ def draw_accuracies(summary: pd.DataFrame, path: Path, title: str) -> None:
                 )
             panel.set_xticks(range(len(variants)), variants)
             panel.set_xlim(-0.5, len(variants) - 0.5)
+            panel.set_ylim(floor, min(100.0, 100 * summary["top1"].max() + 5) if floor else 100)
             panel.set_title(f"{title}: {_rate(schedule)}")
         panels[0].set_ylabel("test accuracy, %")
         handles, labels = panels[0].get_legend_handles_labels()
@@ -356,8 +365,10 @@ def draw_curves(tests: pd.DataFrame, path: Path, title: str) -> None:
 
 def _floor(tests: pd.DataFrame) -> float:
     """Leave the first epochs below the frame, where they would squeeze the rest."""
-    late = tests[tests["epochs"] > tests["epochs"].max() / 3]["test_top1"]
-    return max(0.0, 100 * float(late.quantile(0.02)) - 5)
+    late = tests[(tests["epochs"] > tests["epochs"].max() / 3) & (tests["statistics"] != "frozen")][
+        "test_top1"
+    ]
+    return max(0.0, 100 * float(late.quantile(0.02)) - 5) if late.notna().any() else 0.0
 
 
 def _rate(schedule: str) -> str:
