@@ -329,11 +329,12 @@ def draw_accuracies(summary: pd.DataFrame, path: Path, title: str) -> None:
 
 
 def draw_curves(tests: pd.DataFrame, path: Path, title: str) -> None:
-    """Draw Figure 3, test accuracy over the epochs, for the float and the usual quantised network."""
+    """Draw Figure 3, test accuracy over the epochs, for the float network and a quantised one."""
     schedules = list(dict.fromkeys(tests["schedule"]))
-    variants = [name for name in (FLOAT, USUAL) if name in set(tests["variant"])] or [
-        tests["variant"].iloc[0]
-    ]
+    present = list(dict.fromkeys(tests["variant"]))
+    quantised = [name for name in (USUAL, *present) if name in present and name != FLOAT][:1]
+    variants = [name for name in present if name == FLOAT] + quantised
+    floor, top = _floor(tests), 100 * tests["test_top1"].max() + 3
     size = {"width_in": 4.2 * len(schedules) + 0.6, "height_in": 2.6 * len(variants) + 0.6}
     with figure(path, **size) as (drawing, axes):
         axes.remove()
@@ -354,7 +355,7 @@ def draw_curves(tests: pd.DataFrame, path: Path, title: str) -> None:
                             label=None if number else LABELS[kind],
                         )
                 panel.set_title(f"{title}, {variant}: {_rate(schedule)}", fontsize=9)
-                panel.set_ylim(_floor(tests), 100)
+                panel.set_ylim(floor, top if floor < top < 100 else 100)
         for panel in panels[-1]:
             panel.set_xlabel("epochs")
         for panel in panels[:, 0]:
