@@ -1,31 +1,20 @@
 """The final-sample experiment in small: its directions, its resumption, and its refusals."""
 
+import functools
 import sys
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-import pytest
-import typer
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import experiment
 import final_sample_bn
+import numpy as np
+import pandas as pd
+import pytest
+import small_experiments
 import small_trainings
 
 TINY = ("--images", 160, "--batch-size", 40, "--epochs", 3, "--width", 4, "--runs", 2)
 
 
-def run(*args, code=0):
-    app = typer.Typer()
-    app.command()(final_sample_bn.final_sample_bn)
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout
+run = functools.partial(small_experiments.run, final_sample_bn)
 
 
 def test_quick_run_finds_what_few_steps_must_give(tmp_path):

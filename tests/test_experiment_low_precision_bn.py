@@ -1,52 +1,32 @@
 """The experiment on low-precision BatchNorm, small: what it writes, resuming, and the paper's direction."""
 
+import functools
 import sys
 import tomllib
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-import pytest
-import torch
-import typer
-from torch import nn
-from typer.testing import CliRunner
-
-from sysmt.errors import OutputError
-from sysmt.nn.checkpoints import save_weights
-from sysmt.nn.data import open_data
-from sysmt.nn.low_precision_batchnorm import convert_batchnorm
-from sysmt.nn.models import build_model
-from sysmt.nn.packed_activations import saved_bytes
-from sysmt.nn.training import train
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import cromulent
 import experiment
 import low_precision_bn as module
+import numpy as np
+import pandas as pd
+import pytest
+import small_experiments
+import torch
+from small_experiments import save_digits
+from torch import nn
+
+from sysmt.errors import OutputError
+from sysmt.nn.low_precision_batchnorm import convert_batchnorm
+from sysmt.nn.models import build_model
+from sysmt.nn.packed_activations import saved_bytes
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A digits network after a few epochs: good enough to have something to lose."""
-    torch.manual_seed(0)
-    model = build_model("digits")
-    train(model, open_data("digits"), 5, lr=0.1, batch_size=64, device="cpu", progress=False)
-    path = tmp_path_factory.mktemp("weights") / "digits.pt"
-    save_weights(model, path)
-    return path
+    return save_digits(tmp_path_factory.mktemp("weights"), epochs=5)
 
 
-def run(*args, code=0):
-    """Run the experiment's command in this process."""
-    app = typer.Typer()
-    app.command()(module.low_precision_bn)
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout
+run = functools.partial(small_experiments.run, module)
 
 
 def quick(weights, out, *more):

@@ -3,52 +3,33 @@
 import math
 import sys
 import tomllib
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-import pytest
-import torch
-import typer
-from torch import nn
-from typer.testing import CliRunner
-
-import sysmt
-from sysmt.nn.checkpoints import save_weights
-from sysmt.nn.data import open_data
-from sysmt.nn.models import build_model
-from sysmt.nn.quantized_training import ActivationQuantizer
-from sysmt.nn.training import train
-from sysmt.study.subject import Subject
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import experiment
 import meet
+import numpy as np
+import pandas as pd
+import pytest
+import small_experiments
+import torch
+from small_experiments import save_digits
+from torch import nn
+
+import sysmt
+from sysmt.nn.quantized_training import ActivationQuantizer
+from sysmt.study.subject import Subject
 
 IMAGES = 30
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    model = build_model("digits")
-    train(model, open_data("digits"), 2, lr=0.1, batch_size=64, device="cpu", progress=False)
-    path = tmp_path_factory.mktemp("weights") / "digits.pt"
-    save_weights(model, path)
-    return path
+    return save_digits(tmp_path_factory.mktemp("weights"), epochs=2)
 
 
 def run(weights, out, *args, code=0):
-    app = typer.Typer()
-    app.command()(meet.meet)
     options = ["--weights", weights, "--data", "digits", "--out", out, "--images", IMAGES, "--epochs", 1]
     options += ["--calibration-images", 64, "--recalibration-images", 128, "--cpu-threads", 1]
-    result = CliRunner().invoke(app, [str(option) for option in [*options, *args]])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout
+    return small_experiments.run(meet, *options, *args, code=code)
 
 
 def test_what_is_narrow_costs_nothing(weights, tmp_path):

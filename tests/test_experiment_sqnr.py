@@ -2,47 +2,27 @@
 
 import sys
 import tomllib
-from pathlib import Path
 
+import experiment
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-import typer
-from typer.testing import CliRunner
-
-from sysmt.nn.checkpoints import save_weights
-from sysmt.nn.data import open_data
-from sysmt.nn.models import build_model
-from sysmt.nn.qnetwork import QNetwork
-from sysmt.nn.training import train
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import experiment
+import small_experiments
 import sqnr
+from small_experiments import save_digits
+
+from sysmt.nn.qnetwork import QNetwork
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    model = build_model("digits")
-    train(model, open_data("digits"), 2, lr=0.1, batch_size=64, device="cpu", progress=False)
-    path = tmp_path_factory.mktemp("weights") / "digits.pt"
-    save_weights(model, path)
-    return path
+    return save_digits(tmp_path_factory.mktemp("weights"), epochs=2)
 
 
 def run(weights, out, *args, code=0):
-    app = typer.Typer()
-    app.command()(sqnr.sqnr)
     options = ["--weights", weights, "--data", "digits", "--out", out, "--images", 30, "--quick"]
     options += ["--calibration-images", 64, "--recalibration-images", 256, "--cpu-threads", 1]
-    result = CliRunner().invoke(app, [str(option) for option in [*options, *args]])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout
+    return small_experiments.run(sqnr, *options, *args, code=code)
 
 
 def test_stages_are_told_apart_and_a_stopped_run_goes_on(weights, tmp_path, monkeypatch):

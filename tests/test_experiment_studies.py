@@ -1,46 +1,29 @@
 """Small versions of the experiments that are studies: the search against baselines, and figure 1."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import figure1
 import pandas as pd
 import pytest
-import torch
-import typer
-from typer.testing import CliRunner
+import search_vs_baselines
+import small_experiments
+from small_experiments import save_digits
 
-from sysmt.nn.checkpoints import save_weights
-from sysmt.nn.models import build_model
 from sysmt.study.assign import read_threads_map
 from sysmt.study.front import Reference, hypervolume
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import figure1
-import search_vs_baselines
 
 METHODS = ["search", "uniform", "random", "greedy"]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "digits.pt"
-    save_weights(build_model("digits"), path)
-    return path
+    return save_digits(tmp_path_factory.mktemp("weights"), epochs=0)
 
 
 def run(module, weights, out, *args):
-    app = typer.Typer()
-    app.command()(getattr(module, module.__name__))
     line = ["--quick", "--weights", weights, "--data", "digits", "--out", out, "--images", 40, *args]
     line += ["--calibration-images", 64, "--recalibration-images", 128]
-    result = CliRunner().invoke(app, [str(arg) for arg in line])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    return small_experiments.run(module, *line)
 
 
 def test_every_method_is_judged_by_images_that_it_did_not_see(weights, tmp_path):

@@ -1,31 +1,20 @@
 """The ternary experiment in small: Table 1's directions, gradients by depth, and its resumption."""
 
+import functools
 import math
 import sys
-from pathlib import Path
-
-import pandas as pd
-import pytest
-import typer
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import experiment
+import pandas as pd
+import pytest
+import small_experiments
 import small_trainings
 import ternary_bn
 
 TINY = ("--images", 100, "--epochs", 1)
 
 
-def run(*args, code=0):
-    app = typer.Typer()
-    app.command()(ternary_bn.ternary_bn)
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout
+run = functools.partial(small_experiments.run, ternary_bn)
 
 
 def test_quick_run_finds_the_explosion_and_who_learns(tmp_path):

@@ -2,56 +2,33 @@
 
 import sys
 import tomllib
-from pathlib import Path
 
+import experiment
 import numpy as np
 import pandas as pd
+import policies
+import pruning_collisions
 import pytest
+import recalibration
+import shared_data
+import table1
 import torch
-import typer
-from typer.testing import CliRunner
+from small_experiments import run, save_digits
 
 from sysmt.config import Policy
 from sysmt.errors import OutputError
 from sysmt.nn.checkpoints import save_weights
 from sysmt.nn.data import open_data
 from sysmt.nn.models import build_model
-from sysmt.nn.training import train
 from sysmt.study.ledger import Ledger
 from sysmt.study.subject import Subject
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import experiment
-import policies
-import pruning_collisions
-import recalibration
-import shared_data
-import table1
 
 IMAGES = 200
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A digits network after a few epochs: good enough to have something to lose."""
-    torch.manual_seed(0)
-    model = build_model("digits")
-    train(model, open_data("digits"), 5, lr=0.1, batch_size=64, device="cpu", progress=False)
-    path = tmp_path_factory.mktemp("weights") / "digits.pt"
-    save_weights(model, path)
-    return path
-
-
-def run(module, *args, code=0):
-    """Run an experiment's command in this process."""
-    app = typer.Typer()
-    app.command()(getattr(module, module.__name__))
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout
+    return save_digits(tmp_path_factory.mktemp("weights"), epochs=5)
 
 
 def small(weights, out, images=IMAGES):
