@@ -42,7 +42,7 @@ from sysmt.nn.quantized_training import ActivationQuantizer, TernaryWeight, bake
 from sysmt.nn.training import train
 from sysmt.progress import Bar, progress_bar
 from sysmt.quant.logscale import approximate
-from sysmt.quant.uniform import ActivationRange
+from sysmt.quant.uniform import ActivationRange, quantize_weights, weight_scales
 from sysmt.study.evaluate import array_facts, paired_difference
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
@@ -183,16 +183,16 @@ def _range(quantizer: ActivationQuantizer | LogQuantizer, codes: str) -> Activat
 def _make_weights_narrow(sim: Simulation) -> None:
     """Give ternary weights the codes -1, 0, +1 instead of ±127, with their magnitude as the scale.
 
-    The array takes any codes and scales; the front end calibrates weights by their largest magnitude alone.
+    By default the front end makes the largest weight of each channel ±127.
     """
+    scales = {}
     for layer in sim.simulated():
-        layer._refresh_weights()
-        weight_q = np.sign(layer._weight_q)
-        if not np.array_equal(127 * weight_q, layer._weight_q):
+        weight = layer.module.weight.detach().numpy()
+        largest = weight_scales(weight)
+        if not np.isin(quantize_weights(weight, largest), (-127, 0, 127)).all():
             raise ValueError(f"the weights of layer {layer.name!r} are not ternary")
-        layer._weight_scales = (127 * layer._weight_scales).astype(np.float32)
-        layer._weight_q = weight_q
-        layer._packed.clear()
+        scales[layer.name] = (127 * largest).astype(np.float32)
+    sim.set_weight_scales(scales)
 
 
 # -- the measurements --------------------------------------------------------------------------
@@ -234,6 +234,8 @@ class _Study:
                     sim.set_ranges({key: _range(one, codes) for key, one in quantizers.items()})
                     if scheme.ternary and codes == GRID:
                         _make_weights_narrow(sim)
+                    else:
+                        sim.set_weight_scales({layer.name: None for layer in sim.simulated()})
                     for point in points:
                         sim.set_threads(point["threads"])
                         load_statistics(self.model, final if point["statistics"] == "final" else population)
@@ -252,7 +254,7 @@ class _Study:
         layers = sim.report()
         layers = layers[layers["threads"] > 0]
         reduced = layers["reduced_activations"].sum() + layers["reduced_weights"].sum()
-        weights = [layer._weight_q for layer in sim.simulated()]
+        weights = [layer.weight_codes() for layer in sim.simulated()]
         values = {
             **point,
             **evaluation.to_record(),

@@ -957,3 +957,44 @@ def test_a_forward_takes_its_memory_from_the_one_before():
             net(x)
             fresh_pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert min(fresh_pages[5:]) * resource.getpagesize() < 32 * 16 * 32 * 32 * 4  # one layer's output
+
+
+def test_own_weight_scales_decide_what_is_narrow():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(0.3 * torch.sign(conv.weight) * (conv.weight.abs() > 0.05))
+    x = torch.rand(2, 4, 8, 8)
+    with sysmt.attach(nn.Sequential(conv), sysmt.ArrayConfig(threads=2, policy="S+Aw"), first=True) as sim:
+        sim.calibrate([x], images=2)
+        wide = conv(x)
+        assert sim.report()["reduced_activations"][0] > 0
+        assert set(np.unique(sim.layers["0"].weight_codes())) == {-127, 0, 127}
+        sim.set_weight_scales({"0": 0.3})
+        narrow = conv(x)
+        assert sim.report()["reduced_activations"][0] == 0  # S+Aw spares pairs whose weight is narrow
+        assert set(np.unique(sim.layers["0"].weight_codes())) == {-1, 0, 1}
+        sim.set_threads(1)
+        assert torch.equal(conv(x), narrow)
+        sim.set_threads(2)
+        sim.set_weight_scales({"0": np.full(6, 0.1, np.float32)})
+        assert set(np.unique(sim.layers["0"].weight_codes())) == {-3, 0, 3}
+        with torch.no_grad():
+            conv.weight.mul_(1000)
+        conv(x)
+        assert set(np.unique(sim.layers["0"].weight_codes())) == {-127, 0, 127}  # clamped
+        with torch.no_grad():
+            conv.weight.div_(1000)
+        sim.set_weight_scales({"0": None})
+        assert torch.allclose(conv(x), wide)
+
+
+@pytest.mark.parametrize("scales", [0, -1.0, float("nan"), [1.0, 2.0], "large", [float("inf")] * 6])
+def test_impossible_weight_scales_are_refused(scales):
+    with sysmt.attach(nn.Sequential(nn.Conv2d(4, 6, 3)), first=True) as sim:
+        with pytest.raises(sysmt.errors.ConfigError, match="weight scales of layer '0'"):
+            sim.set_weight_scales({"0": scales})
+        with pytest.raises(sysmt.errors.ConfigError, match="set_weight_scales"):
+            sim.set_weight_scales({"none": 1.0})
+        with pytest.raises(sysmt.errors.ConfigError, match="a mapping"):
+            sim.set_weight_scales(1.0)

@@ -9,6 +9,7 @@ from fractions import Fraction
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -355,6 +356,37 @@ class Simulation:
             layer.range = range_
         self.reset()
 
+    def set_weight_scales(self, scales: Mapping[str, np.ndarray | float | None]) -> None:
+        """Bring your own weight scales; layers that are not named keep theirs. Resets the counters.
+
+        By default the largest weight of an output channel becomes ±127. Ternary weights ±α are wide then;
+        with α as the scale they are -1, 0 and +1. Calibration files do not hold these scales.
+
+        Parameters
+        ----------
+        scales : mapping of str to float32 array (N,), float or None
+            By layer name: one for each output channel, or one for all. Codes beyond ±127 are clamped. None
+            goes back to the scales that follow from the weights.
+
+        Raises
+        ------
+        ConfigError
+            If a name is unknown or its layer stays in float, or scales are not positive, not finite or
+            not as many as output channels.
+        """
+        if not isinstance(scales, Mapping):
+            raise ConfigError(
+                f"set_weight_scales got {type(scales).__name__}; a mapping of layer names is needed"
+            )
+        parsed = {}
+        for name, given in scales.items():
+            layer = self._simulated_layer(name, "set_weight_scales")
+            parsed[layer] = None if given is None else _weight_scales(given, layer)
+        for layer, values in parsed.items():
+            layer.own_weight_scales = values
+            layer.forget_packed()
+        self.reset()
+
     @property
     def reorder(self) -> bool:
         """Whether the orders gathered in calibration are in force; set it to switch them on or off."""
@@ -562,6 +594,19 @@ class Simulation:
             row |= {"sqnr_db": layer.sqnr_db, "mse": layer.mse}
         row["reason"] = layer.reason or ("" if layer.images else NOT_REACHED)
         return row
+
+
+def _weight_scales(given: np.ndarray | float, layer: HookedLayer) -> np.ndarray:
+    channels = layer.geometry.out_channels
+    try:
+        values = np.broadcast_to(np.asarray(given, np.float32), channels).copy()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"weight scales of layer {layer.name!r}: {channels} numbers or one are needed ({error})"
+        ) from error
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise ConfigError(f"weight scales of layer {layer.name!r} must be positive and finite")
+    return values
 
 
 def _has_standard_forward(module: nn.Module) -> bool:

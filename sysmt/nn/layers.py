@@ -89,6 +89,8 @@ class HookedLayer:
         self._codes: np.ndarray | None = None
         self._codes_key = 0
         self._weight_scales = np.empty(0, np.float32)
+        self.own_weight_scales: np.ndarray | None = None
+        """Float32 (N,): scales that were set, instead of those that follow from the weights."""
         self._warned_negative = False
         self.reset()
 
@@ -293,12 +295,20 @@ class HookedLayer:
         values = weight.numpy()
         if not np.isfinite(values).all():
             raise UnsupportedLayerError(f"layer {self.name!r} has NaN or infinite weights")
-        self._weight_scales = weight_scales(values, per_channel=self.simulation.per_channel)
+        own = self.own_weight_scales
+        self._weight_scales = (
+            weight_scales(values, per_channel=self.simulation.per_channel) if own is None else own
+        )
         self._codes = None
         codes_key = fingerprint(self._weight_q)
         if codes_key != self._codes_key:
             self._packed.clear()
         self._weight_key, self._codes_key = key, codes_key
+
+    def weight_codes(self) -> np.ndarray:
+        """Return the weights as the array sees them: int8 (N, C / groups, kh, kw)."""
+        self._refresh_weights()
+        return self._weight_q
 
     @property
     def _weight_q(self) -> np.ndarray:
@@ -307,10 +317,6 @@ class HookedLayer:
             codes = quantize_weights(self.module.weight.detach().numpy(), self._weight_scales)
             self._codes = np.ascontiguousarray(codes[:, :, None, None] if codes.ndim == 2 else codes)
         return self._codes
-
-    @_weight_q.setter
-    def _weight_q(self, codes: np.ndarray) -> None:
-        self._codes = codes
 
     def _refresh_geometry(self) -> None:
         """Follow a stride or padding that was changed since the last forward."""
