@@ -11,7 +11,7 @@ void *buffer_take(size_t bytes);
 void buffer_give(void *buffer);
 
 /* Let the C library keep what a forward frees instead of handing it back to the kernel, where it is the GNU
- * one and the user has not tuned it. Whole process; never more memory than was in use at once. */
+ * one and the user has not tuned it. Whole process, for good; about as much as was in use at once. */
 void buffers_keep_heap(void);
 
 #endif

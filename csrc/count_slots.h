@@ -66,11 +66,9 @@ INLINE void fold_slots(const FoldArguments *fold, const int threads, const Tally
     const int length = tally_length(threads, kind), subsets = 1 << threads;
     Tally tally = *fold->tally;
     for (int64_t slot = 0; slot < fold->slots; slot++) {
-        int64_t a[MAX_TALLY];
+        int64_t a[MAX_TALLY] = {0};
         int32_t w[MAX_TALLY] = {0};
-        for (int i = 0; i < length; i++)
-            a[i] = fold->counts[0][slot * fold->counts_stride + i];
-        for (int part = 1; part < fold->parts; part++)
+        for (int part = 0; part < fold->parts; part++)
             for (int i = 0; i < length; i++)
                 a[i] += fold->counts[part][slot * fold->counts_stride + i];
         for (int64_t tap = 0; tap < fold->taps; tap++) {

@@ -713,7 +713,7 @@ bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, 
         parallel_for(jobs, cpu_threads, run_job, &shared);
     for (int64_t job = 0; is_ready && jobs < cpu_threads && job < jobs; job++)
         run_job_in_steps(&shared, job, cpu_threads);
-    if (is_ready && count) {
+    if (is_ready && count && !shared.is_out_of_memory) {
         int64_t outputs = output_height(&layer->shape, source) * output_width(&layer->shape, source);
         int64_t slots = source->batch * outputs * layer->shape.groups * layer->shape.n;
         Watch watch = {.is_on = shared.is_timed, .last = shared.is_timed ? cpu_nanoseconds() : 0};

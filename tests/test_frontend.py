@@ -998,3 +998,47 @@ def test_impossible_weight_scales_are_refused(scales):
             sim.set_weight_scales({"none": 1.0})
         with pytest.raises(sysmt.errors.ConfigError, match="a mapping"):
             sim.set_weight_scales(1.0)
+
+
+def test_an_impossible_setting_is_refused_each_time():
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    x = torch.rand(1, 3, 6, 6)
+    with sysmt.attach(nn.Sequential(conv), first=True) as sim:
+        sim.calibrate([x], images=1)
+        conv(x)
+        conv.padding = (2, 2, 2)
+        for _ in range(2):
+            with pytest.raises(Exception, match="padding|unpack|2"):
+                conv(x)
+
+
+def test_weights_of_the_same_bytes_and_another_shape_are_packed_anew():
+    conv = nn.Conv2d(1, 1, (1, 3), bias=False)
+    x = torch.rand(1, 1, 5, 5)
+    with sysmt.attach(nn.Sequential(conv), first=True) as sim:
+        sim.calibrate([x], images=1)
+        conv(x)
+        conv.weight = nn.Parameter(conv.weight.detach().transpose(2, 3).contiguous())
+        with pytest.raises(sysmt.errors.SysmtError):  # the layer still says 1 x 3
+            conv(x)
+
+
+def test_a_forward_that_is_interrupted_leaves_nothing_half_done(monkeypatch):
+    conv = nn.Conv2d(3, 4, 3)
+    x = torch.rand(1, 3, 6, 6)
+    with sysmt.attach(nn.Sequential(conv), first=True) as sim:
+        sim.calibrate([x], images=1)
+        expected = conv(x)
+
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        with torch.no_grad():
+            conv.weight.mul_(4)
+        with monkeypatch.context() as patch:
+            patch.setattr("sysmt.nn.layers.quantize_weights", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                conv(x)
+        with torch.no_grad():
+            conv.weight.div_(4)
+        assert torch.equal(conv(x), expected)

@@ -51,11 +51,11 @@ def fingerprint(values: np.ndarray, cpu_threads: int = 1) -> int:
 
 
 def keep_heap() -> None:
-    """Let the C library keep what is freed, up to 256 MB, for whole networks to run faster.
+    """Let the C library keep what is freed, for whole networks to run faster.
 
     Fresh pages from the kernel cost a network of large activations a fifth of its forward. This sets
-    glibc's thresholds for the whole process, unless the environment has tuned them (MALLOC_*,
-    GLIBC_TUNABLES); elsewhere it does nothing.
+    glibc's thresholds (256 MB at the top of the heap) for the whole process, for good, unless the
+    environment has tuned them (MALLOC_*, GLIBC_TUNABLES); elsewhere it does nothing.
     """
     _native.keep_heap()
 

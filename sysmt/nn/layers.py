@@ -87,7 +87,7 @@ class HookedLayer:
         self._packed: dict[tuple[Any, ...], PackedConv] = {}
         self._weight_key: tuple[Any, ...] | None = None
         self._codes: np.ndarray | None = None
-        self._codes_key = 0
+        self._codes_key: tuple[int, tuple[int, ...]] | None = None
         self._weight_scales = np.empty(0, np.float32)
         self.own_weight_scales: np.ndarray | None = None
         """Float32 (N,): scales that were set, instead of those that follow from the weights."""
@@ -295,12 +295,13 @@ class HookedLayer:
         values = weight.numpy()
         if not np.isfinite(values).all():
             raise UnsupportedLayerError(f"layer {self.name!r} has NaN or infinite weights")
+        self._weight_key = None  # whatever ends this half-way, the next forward begins anew
         own = self.own_weight_scales
         self._weight_scales = (
             weight_scales(values, per_channel=self.simulation.per_channel) if own is None else own
         )
         self._codes = None
-        codes_key = fingerprint(self._weight_q)
+        codes_key = fingerprint(self._weight_q), self._weight_q.shape
         if codes_key != self._codes_key:
             self._packed.clear()
         self._weight_key, self._codes_key = key, codes_key
@@ -323,11 +324,11 @@ class HookedLayer:
         settings = _settings(self.module)
         if settings == self._settings:
             return
-        self._settings = settings
-        geometry = LayerGeometry.of(self.module)
+        geometry = LayerGeometry.of(self.module)  # raises where it is impossible, and does so again next time
         if geometry != self.geometry:
             self.geometry = geometry
             self.forget_packed()
+        self._settings = settings
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is packed: copies and pickles of the network pack their weights anew."""
