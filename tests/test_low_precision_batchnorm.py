@@ -22,6 +22,7 @@ from sysmt.nn.data import open_data
 from sysmt.nn.low_precision_batchnorm import convert_batchnorm, quantize_gradients, restore_batchnorm
 from sysmt.nn.models import build_model
 from sysmt.nn.packed_activations import in_memory_order, pack_values, recomputed_activations, saved_bytes
+from sysmt.nn.packed_pooling import packed_max_pool2d
 from sysmt.nn.training import train
 from sysmt.quant.logscale import FORMATS, GRADIENT_FORMAT, approximate, packed_bytes
 
@@ -619,3 +620,34 @@ def test_the_package_alone_does_not_load_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(AttributeError, match="BatchNorm9d"):
         _ = sysmt.nn.BatchNorm9d
+
+
+def test_half_precision_survives_large_sums():
+    layer = LowPrecisionBatchNorm2d(2).half().eval()
+    layer.running_mean.fill_(-0.2)
+    assert layer(torch.randn(128, 2, 56, 56).half()).isfinite().all()
+    mixed = LowPrecisionBatchNorm2d(2)
+    x = torch.randn(32, 2, 64, 64).half().requires_grad_()
+    mixed(x).backward(torch.ones_like(x))
+    assert mixed.bias.grad.tolist() == [131072.0] * 2
+    assert mixed.weight.grad.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert x.grad.dtype == torch.float16
+
+
+def test_a_format_beyond_table_1_is_refused_at_once():
+    with pytest.raises(ConfigError, match="is unknown"):
+        LowPrecisionBatchNorm2d(3, GRADIENT_FORMAT)
+
+
+@pytest.mark.parametrize("window", [([2],), (2, [2]), ((3,), [1], [1]), (2,)])
+def test_max_pooling_takes_what_torch_takes_and_keeps_the_layout(window):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 4, 8, 8).contiguous(memory_format=layout)
+        ours, theirs = (x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
+        y = packed_max_pool2d(ours, *window)
+        assert torch.equal(y, F.max_pool2d(theirs, *window))
+        for value in (ours, theirs):
+            pool = packed_max_pool2d if value is ours else F.max_pool2d
+            (gradient,) = torch.autograd.grad(pool(value, *window).square().sum(), value)
+            assert gradient.stride() == x.stride()

@@ -475,3 +475,11 @@ def test_a_stage_without_noise_or_signal():
     error.add(zeros, ones)
     assert error.sqnr_db == pytest.approx(0.0)
     assert error.mean_error == 0.5
+
+
+def test_scale_and_shift_takes_16_bit_integers_alone():
+    formats = (QFormat(5), QFormat(5), QFormat(5))
+    x, scale, bias = np.ones((1, 2, 3), np.int64), np.ones(2, np.int64), np.zeros(2, np.int64)
+    for bad in ((x * 1.9, scale), (x, scale * 1.9), (x << 40, scale), (x, scale << 30)):
+        with pytest.raises(OperandError, match="16 bits"):
+            scale_and_shift(*bad, bias, formats=formats, bias_fraction=5)

@@ -301,3 +301,41 @@ def test_images_are_standardised_one_by_one() -> None:
     per_image_standardization(model)
     with pytest.raises(DataError, match=r"shape \(2, 3\)"):
         model(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("baked", ["copy", "original"])
+def test_a_copy_and_its_original_are_baked_apart(baked):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    quantize_network(model, TernaryWeight())
+    twin = copy.deepcopy(model)
+    x = torch.randn(1, 3, 9, 9)
+    expected = model(x)
+    first, second = (twin, model) if baked == "copy" else (model, twin)
+    for network in (first, second):
+        assert bake_weights(network) == ("1",)
+        assert torch.equal(first(x), expected)
+        assert torch.equal(second(x), expected)
+        assert isinstance(network[1], nn.Conv2d)
+    assert set(first.state_dict()) == set(second.state_dict()) == {
+        f"{i}.{name}" for i in range(3) for name in ("weight", "bias")
+    }  # fmt: skip
+
+
+def test_batchnorm_of_two_names_goes_under_both():
+    shared = nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.Conv2d(4, 4, 3), shared)
+    assert remove_batchnorm(model) == ("1", "3")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_inputs_are_not_quantised_twice():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    quantize_network(model, None, ActivationQuantizer(2))
+    with pytest.raises(UnsupportedLayerError, match="input of layer '1' is quantised already"):
+        quantize_network(model, None, ActivationQuantizer(4))
+
+
+def test_the_layer_and_the_function_agree_on_ties():
+    w = torch.full((2, 3), 0.1)
+    assert torch.equal(TernaryWeight(0.1)(w), torch.from_numpy(ternarize(w.numpy(), 0.1)))

@@ -5,10 +5,12 @@ import math
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sysmt.errors import ConfigError, OperandError
+from sysmt.quant.error import sqnr_db
 from sysmt.quant.ternary import nonzero_share, ternarize, twn_scale, twn_threshold, variance_threshold
 
 
@@ -108,3 +110,11 @@ def test_impossible_thresholds(threshold):
 def test_bad_arguments_say_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_is_no_array_of_numbers_is_refused():
+    for bad in ([[1.0], [1.0, 2.0]], "weights", torch.ones(3, requires_grad=True)):
+        with pytest.raises(OperandError):
+            ternarize(bad, 0.1)
+        with pytest.raises(OperandError):
+            sqnr_db(bad, bad)

@@ -1,5 +1,6 @@
 """The training loop and evaluation: exact figures, repeatable and resumable runs, and honest refusals."""
 
+import math
 import os
 import signal
 import subprocess
@@ -409,3 +410,42 @@ def test_bars_nest_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
             outer.advance()
     assert (outer.done, inner.done) == (2, 3)
     assert sysmt.progress._TERMINAL._display is None
+
+
+def test_batches_of_one_image_are_all_learned():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    batches = [(torch.randn(1, 1, 2, 2), torch.tensor([i % 3])) for i in range(6)]
+    steps = []
+    train(model, batches, 2, after_step=steps.append, progress=False)
+    assert steps == list(range(1, 13))
+
+
+def test_numpy_numbers_make_a_checkpoint_that_can_be_read(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    batches = [(torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]))]
+    options = {"lr": np.float64(0.05), "momentum": np.float32(0.5), "checkpoint": tmp_path / "c.pt"}
+    first = train(model, batches, 2, progress=False, **options)
+    again = train(model, batches, 2, progress=False, **options)
+    assert again.to_records() == first.to_records()
+
+
+def test_a_refused_checkpoint_changes_no_weights(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    batches = [(torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]))]
+    path = tmp_path / "c.pt"
+    train(model, batches, 1, progress=False, checkpoint=path)
+    content = torch.load(path)
+    for state in ({"state": {}, "param_groups": []}, 3):
+        torch.save(content | {"optimizer": state}, path)
+        with torch.no_grad():
+            model[1].weight.fill_(7.0)
+        with pytest.raises(WeightsError, match="no checkpoint of this network"):
+            train(model, batches, 1, progress=False, checkpoint=path)
+        assert (model[1].weight == 7).all()
+
+
+@pytest.mark.parametrize("option", [{"lr": "fast"}, {"lr": None}, {"weight_decay": math.inf}])
+def test_options_that_are_no_numbers_are_refused(option):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        train(model, [(torch.randn(4, 1, 2, 2), torch.zeros(4).long())], 1, progress=False, **option)

@@ -80,8 +80,9 @@ class GradientRecorder:
     def _watch(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d | nn.Linear)
         layer = self._layers.setdefault(self._named[module], _Layer(module))
-        layer.outputs = output[0].numel()
-        layer.samples = output.numel() // output.shape[1]
+        channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        layer.samples = output.numel() // channels
+        layer.outputs = output[0].numel() if output.dim() > 1 and len(output) else output.numel()
         if output.requires_grad:
             output.register_hook(lambda gradient: _add(layer, gradient))
 

@@ -60,7 +60,8 @@ class _LowPrecisionBatchNorm(_BatchNorm):
 
     @fmt.setter
     def fmt(self, name: str) -> None:
-        self._fmt = parse_format(name).name
+        known = parse_format(name).name
+        self._fmt = parse_format(known).name  # formats beyond Table 1 have no name to come back by
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise, approximate, scale and shift by channel: (N, C, ...) to the same shape."""
@@ -117,7 +118,8 @@ class _LowPrecisionBatchNorm(_BatchNorm):
 
     def _shift(self, normalised: Tensor) -> Tensor:
         """Return β; NaN for channels with values that are not finite: codes would hide them."""
-        nought = 0 * normalised.sum(dim=[axis for axis in range(normalised.dim()) if axis != 1])
+        axes = [axis for axis in range(normalised.dim()) if axis != 1]
+        nought = (0 * _sum(normalised, axes)).to(normalised.dtype)
         return nought if self.bias is None else self.bias.detach() + nought
 
     def extra_repr(self) -> str:
@@ -193,19 +195,27 @@ class _AffineOfPacked(torch.autograd.Function):
         n = ctx.packing.values(packed)
         axes = [axis for axis in range(n.dim()) if axis != 1]
         shape = (1, -1, *[1] * (n.dim() - 2))
-        grad_bias = grad.sum(dim=axes)
-        grad_weight = (grad * n).sum(dim=axes)
+        grad_bias = _sum(grad, axes)
+        grad_weight = _sum(grad * n, axes)
         grad_x = None
         if ctx.needs_input_grad[0]:
             scale = inverse_std if weight is None else inverse_std * weight
             if ctx.by_batch:
                 values = n.numel() // n.shape[1]
-                grad_x = n.mul_((-grad_weight / values).view(shape)).add_(grad)
-                grad_x = grad_x.sub_((grad_bias / values).view(shape)).mul_(scale.view(shape))
+                # Means, which half precision holds where it does not hold the sums.
+                grad_x = n.mul_((-grad_weight / values).to(n.dtype).view(shape)).add_(grad)
+                grad_x = grad_x.sub_((grad_bias / values).to(n.dtype).view(shape)).mul_(scale.view(shape))
             else:
                 grad_x = grad * scale.view(shape)
+            grad_x = grad_x.to(grad.dtype)
         wanted = zip((grad_x, grad_weight, grad_bias), ctx.needs_input_grad[:3], strict=True)
         return *(one if wants else None for one, wants in wanted), None, None, None, None, None
+
+
+def _sum(values: Tensor, axes: list[int]) -> Tensor:
+    """Sum in float32 at least: in half precision, sums of a large batch are infinite."""
+    half = values.dtype in (torch.float16, torch.bfloat16)
+    return values.sum(dim=axes, dtype=torch.float32 if half else None)
 
 
 # -- whole networks ----------------------------------------------------------------------------

@@ -35,13 +35,21 @@ def packed_max_pool2d(
 
     What is not a batch (N, C, H, W), or has windows of more than 256 places, torch does itself.
     """
-    height, width = _pair(kernel_size)
+    kernel_size, padding, dilation = (_two(value) for value in (kernel_size, padding, dilation))
+    stride = _two(stride) if stride else kernel_size
+    height, width = kernel_size
     wanted = torch.is_grad_enabled() and input.requires_grad
     if not wanted or return_indices or input.dim() != 4 or height * width > _MAX_WINDOW:
         pool: Any = F.max_pool2d
         return pool(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    window = (_pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation), ceil_mode)
+    window = (kernel_size, stride, padding, dilation, ceil_mode)
     return _PackedMaxPool.apply(input, window)  # type: ignore[no-untyped-call]
+
+
+def _two(value: Any) -> tuple[int, int]:
+    """Expand a number, or torch's sequence of one, to height and width."""
+    pair = _pair(value[0] if isinstance(value, list | tuple) and len(value) == 1 else value)
+    return pair[0], pair[1]
 
 
 class _PackedMaxPool(torch.autograd.Function):
@@ -56,6 +64,8 @@ class _PackedMaxPool(torch.autograd.Function):
         bits = max(2, (height * width - 1).bit_length())
         ctx.save_for_backward(pack(places, bits, check=False))
         ctx.window, ctx.bits, ctx.shape, ctx.out_shape = window, bits, x.shape, y.shape
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        ctx.layout = torch.channels_last if last else torch.contiguous_format
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -72,7 +82,7 @@ class _PackedMaxPool(torch.autograd.Function):
         grad_x = torch.ops.aten.max_pool2d_with_indices_backward(
             grad.contiguous(), shape_alone, *ctx.window, indices
         )
-        return grad_x, None
+        return grad_x.contiguous(memory_format=ctx.layout), None  # layers before sum in its order
 
 
 def _starts(like: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

@@ -176,13 +176,18 @@ def scale_and_shift(
     Raises
     ------
     OperandError
-        If shapes do not fit.
+        If shapes do not fit, or `x` or `scale` are no integers of at most 16 bits.
     """
     if x.ndim < 2 or np.shape(scale) != (x.shape[1],) or np.shape(bias) != (x.shape[1],):
         raise OperandError(
             f"x has shape {x.shape}, scale {np.shape(scale)} and bias {np.shape(bias)}; "
             "one scale and one bias for each channel of (B, C, ...) are needed"
         )
+    for what, codes in (("x", x), ("scale", np.asarray(scale))):
+        if codes.dtype.kind not in "iu" or np.abs(codes.astype(np.int64)).max(initial=0) >= 1 << 16:
+            raise OperandError(
+                f"{what} ({codes.dtype}) must hold integers of at most 16 bits; quantise it first"
+            )
     fraction = formats[0].fraction_bits + formats[1].fraction_bits
     channels = (-1, *[1] * (x.ndim - 2))
     product = x.astype(np.int64) * np.asarray(scale).astype(np.int64).reshape(channels)

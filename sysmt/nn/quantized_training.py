@@ -141,7 +141,8 @@ class TernaryWeight(nn.Module):
         """Map latent weights (N, ...) to ternary ones of the same shape."""
         with torch.no_grad():
             limit = self.limit_of(weight)
-            above, below = weight > limit, weight < -limit
+            exact = weight.double()  # as `sysmt.quant.ternary.ternarize` compares
+            above, below = exact > limit, exact < -limit
             quantized = above.to(weight.dtype) - below.to(weight.dtype)
             if self.scaled:
                 kept = (weight.abs() * quantized.abs()).sum()
@@ -291,6 +292,10 @@ def bake_weights(model: nn.Module) -> tuple[str, ...]:
     names = tuple(quantized_layers(model))
     layers = _layers(model)
     for name in names:
+        # torch puts the weight into a class of the layer's own, which a deep copy shares: take it apart
+        # in another one, or the copy loses its weight.
+        shared: Any = type(layers[name])
+        layers[name].__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
         parametrize.remove_parametrizations(layers[name], "weight", leave_parametrized=True)
     return names
 
@@ -307,7 +312,7 @@ def remove_batchnorm(model: nn.Module) -> tuple[str, ...]:
     """
     removed = []
     for path, module in list(model.named_modules()):
-        for name, child in module.named_children():
+        for name, child in list(module._modules.items()):  # `named_children` leaves out second names
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 setattr(module, name, nn.Identity())
                 removed.append(f"{path}.{name}" if path else name)
@@ -389,3 +394,5 @@ def _check_plain(name: str, layer: nn.Module) -> None:
     if weight is None or nn.parameter.is_lazy(weight):
         what = "quantised already" if _quantizer(layer) is not None else "masked, parametrised or lazy"
         raise UnsupportedLayerError(f"the weight of layer {name!r} is {what}; a plain parameter is needed")
+    if any(isinstance(hook, ActivationQuantizer) for hook in layer._forward_pre_hooks.values()):
+        raise UnsupportedLayerError(f"the input of layer {name!r} is quantised already")

@@ -252,17 +252,26 @@ def train(
     WeightsError
         If the checkpoint is damaged, or belongs to another training.
     """
+    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    numbers |= {"label_smoothing": label_smoothing}
+    for name, number in numbers.items():
+        try:
+            numbers[name] = float(number)  # a checkpoint holds Python's numbers, not numpy's
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name}={number!r} must be a number") from None
+        if not math.isfinite(numbers[name]):
+            raise ConfigError(f"{name}={number!r} must be finite")
     recipe: dict[str, Any] = {
-        "epochs": parse_count(epochs, "epochs", minimum=0), "optimizer": optimizer, "lr": lr,
-        "momentum": momentum, "weight_decay": weight_decay, "schedule": schedule,
-        "batch_size": parse_count(batch_size, "batch_size"), "augment": augment,
+        "epochs": parse_count(epochs, "epochs", minimum=0), "optimizer": optimizer, "schedule": schedule,
+        "batch_size": parse_count(batch_size, "batch_size"), "augment": bool(augment),
         "images": images if images is None else parse_count(images, "images"),
-        "seed": parse_count(seed, "seed", minimum=0), "label_smoothing": label_smoothing,
+        "seed": parse_count(seed, "seed", minimum=0), **numbers,
     }  # fmt: skip
     kind = check_statistics(statistics, freeze_after)
     # Newer choices are noted where they are made: checkpoints from before stay good.
     recipe |= {"milestones": [float(share) for share in milestones]} if schedule == "step" else {}
-    recipe |= {"statistics": kind.value, "freeze_after": freeze_after} if kind else {}
+    recipe |= {"statistics": kind.value} if kind else {}
+    recipe |= {"freeze_after": None if freeze_after is None else int(freeze_after)} if kind else {}
     if test_every is not None:
         recipe["test_every"] = parse_count(test_every, "test_every")
         if test is None:
@@ -317,7 +326,7 @@ class _Run:
             raise ConfigError(f"{type(first).__name__} has no length; training must know the steps per epoch")
         self.images: int = getattr(first, "images", 0)
         self.optimizer = _make_optimizer(model, recipe)
-        lone = self.images > recipe["batch_size"] and self.images % recipe["batch_size"] == 1
+        lone = self.images > recipe["batch_size"] > 1 and self.images % recipe["batch_size"] == 1
         self.steps_per_epoch = len(first) - lone  # `epoch` leaves a lone last image out
         steps = max(1, self.steps_per_epoch * recipe["epochs"])
         self.scheduler = _make_scheduler(self.optimizer, recipe, steps)
@@ -344,13 +353,14 @@ class _Run:
         """Learn each batch once and return the epoch's record."""
         device = _device_of(self.model)
         loader = self._loader(epoch)
-        seen = hits = 0
+        seen = hits = largest = 0
         total_loss = 0.0
         start = time.perf_counter()
         self.model.train()
         for inputs, labels in loader:
-            if len(labels) == 1 and seen:
+            if len(labels) == 1 and largest > 1:
                 continue  # a last batch of one image has no variance for BatchNorm to learn from
+            largest = max(largest, len(labels))
             self._freeze()
             logits = self._forward(inputs.to(device))
             _check_labels(logits, labels, loader)
@@ -434,13 +444,13 @@ class _Run:
                     f"{self.recipe.get(key)!r}; delete the file or name another"
                 )
         try:
-            self.model.load_state_dict(content["state_dict"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.scheduler.load_state_dict(content["scheduler"])
+            self.model.load_state_dict(content["state_dict"])  # last: what is refused changes no network
             self.records = list(content["records"])
             self.tests = list(content.get("tests", ()))
             refresh_masked(self.model)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise WeightsError(f"{path} is no checkpoint of this network's training ({error})") from error
 
 

@@ -13,7 +13,10 @@ __all__ = ["mse", "sqnr_db", "sqnr_db_from_energies"]
 
 
 def _difference(signal: npt.ArrayLike, quantized: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    s, q = np.asarray(signal, np.float64), np.asarray(quantized, np.float64)
+    try:
+        s, q = np.asarray(signal, np.float64), np.asarray(quantized, np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch tensors that require gradients, too
+        raise OperandError(f"signal and quantized must be arrays of real numbers ({error})") from None
     if s.shape != q.shape:
         raise OperandError(f"signal has shape {s.shape} and quantized {q.shape}; they must be equal")
     return s, s - q

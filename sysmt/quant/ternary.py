@@ -140,7 +140,10 @@ def nonzero_share(threshold: float, fan_in: int) -> float:
 
 
 def _finite(w: npt.ArrayLike) -> np.ndarray[Any, Any]:
-    weights = np.asarray(w)
+    try:
+        weights: np.ndarray[Any, Any] = np.asarray(w)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch tensors that require gradients, too
+        raise OperandError(f"weights must be an array of real numbers ({error})") from None
     if weights.dtype.kind not in "fiub":
         raise OperandError(f"weights have dtype {weights.dtype}; real numbers are needed")
     if not np.isfinite(weights).all():
