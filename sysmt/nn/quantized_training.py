@@ -259,6 +259,9 @@ def quantize_network(
         )
     for name in chosen:
         _check_plain(name, layers[name])
+        hooks = layers[name]._forward_pre_hooks.values()
+        if activations is not None and any(isinstance(hook, ActivationQuantizer) for hook in hooks):
+            raise UnsupportedLayerError(f"the input of layer {name!r} is quantised already")
     for name in chosen:
         layer = layers[name]
         if weights is not None:
@@ -394,5 +397,3 @@ def _check_plain(name: str, layer: nn.Module) -> None:
     if weight is None or nn.parameter.is_lazy(weight):
         what = "quantised already" if _quantizer(layer) is not None else "masked, parametrised or lazy"
         raise UnsupportedLayerError(f"the weight of layer {name!r} is {what}; a plain parameter is needed")
-    if any(isinstance(hook, ActivationQuantizer) for hook in layer._forward_pre_hooks.values()):
-        raise UnsupportedLayerError(f"the input of layer {name!r} is quantised already")
