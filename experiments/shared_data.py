@@ -14,8 +14,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from sysmt.errors import ConfigError, DataError, nearest
 from sysmt.files import cache_directory
 from sysmt.nn.checkpoints import save_weights
@@ -118,9 +116,7 @@ def fine_tune() -> None:
         return
     data = open_data(f"cifar10:{where}")
     model = load_model("resnet20", shared("weights/resnet20-12fca82f.th"))
-    model.to(memory_format=torch.channels_last)  # trains a third faster on a CPU
     train(model, data, **FINE_TUNING, checkpoint=path.with_name("resnet20-cifar10-jpeg-training.pt"))
-    model.to(memory_format=torch.contiguous_format)
     save_weights(model, path, {"model": "resnet20", **FINE_TUNING})
 
 

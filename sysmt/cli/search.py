@@ -21,7 +21,7 @@ from sysmt.cli.options import (
     StudyStorage,
     takes,
 )
-from sysmt.cli.sweep import print_points
+from sysmt.cli.sweep import points_to_float, print_points
 from sysmt.errors import ConfigError
 from sysmt.study.run_config import RECALIBRATION_MODES, RunConfig
 
@@ -125,11 +125,10 @@ def say_choice(row: dict[str, Any], points: Any, path: Path) -> None:
 
 
 def _described(row: Any) -> str:
-    kind = "held_out" if "held_out_top1" in row else "top1"
-    error = 100 * (row[f"{kind}_difference_se"] or 0)
-    top1 = row["held_out_top1" if kind == "held_out" else "top1"]
+    judged = "held_out_top1" in row
+    top1 = row["held_out_top1" if judged else "top1"]
     return (
         f"{row['speedup']:.2f}x ({row['network_speedup_cycles']:.2f}x in the network's cycles), top-1 "
-        f"{100 * top1:.2f} %, {100 * row[f'{kind}_difference']:+.2f} ± {error:.2f} points to float"
-        + (" on the images held out" if kind == "held_out" else "")
+        f"{100 * top1:.2f} %, {points_to_float(row, 'held_out' if judged else 'top1')} points to float"
+        + (" on the images held out" if judged else "")
     )

@@ -174,7 +174,6 @@ def print_points(table: Any, most: int = 40) -> None:
     rows, judged = [], "held_out_top1" in table
     for row in table.sort_values("speedup", ascending=False).head(most).to_dict("records"):
         threads = [int(value) for key, value in row.items() if key.startswith("threads of ")]
-        held_out = _points_to_float(row, "held_out") if judged else None
         rows.append(
             [
                 "/".join(f"{threads.count(count)}x{count}T" for count in (1, 2, 4) if count in threads),
@@ -184,8 +183,8 @@ def print_points(table: Any, most: int = 40) -> None:
                 f"{row['speedup']:.2f}x",
                 f"{row['network_speedup_cycles']:.2f}x",
                 f"{100 * row['top1']:.2f}",
-                _points_to_float(row, "top1"),
-                *([held_out] if held_out else []),
+                points_to_float(row, "top1"),
+                *([points_to_float(row, "held_out")] if judged else []),
                 f"{100 * row['collision_rate']:.1f}",
             ]
         )
@@ -205,7 +204,8 @@ def print_points(table: Any, most: int = 40) -> None:
     print_table([*header, "collisions\n%"], rows, caption=shown)
 
 
-def _points_to_float(row: dict[str, Any], kind: str) -> str:
+def points_to_float(row: Any, kind: str) -> str:
+    """Write a point's difference to float in points: of kind ``"top1"``, or ``"held_out"`` images'."""
     return f"{100 * row[f'{kind}_difference']:+.2f} ± {100 * (row[f'{kind}_difference_se'] or 0):.2f}"
 
 

@@ -60,8 +60,8 @@ class _LowPrecisionBatchNorm(_BatchNorm):
 
     @fmt.setter
     def fmt(self, name: str) -> None:
-        known = parse_format(name).name
-        self._fmt = parse_format(known).name  # formats beyond Table 1 have no name to come back by
+        # By name, also of a `NumberFormat`: those beyond Table 1 are refused here, not in a forward.
+        self._fmt = parse_format(getattr(name, "name", name)).name
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise, approximate, scale and shift by channel: (N, C, ...) to the same shape."""
