@@ -476,20 +476,22 @@ static void job_store(const Job *job, int64_t first, int64_t end) {
             fail(shared);
             break;
         }
-        for (int64_t block = first; block < end; block++) {
-            int32_t (*acc)[TILE] = job->workspace->acc[block * tiles + tile];
-            int count = channels_of(layer, block);
-            if (corrections.touched)
-                add_corrections(&corrections, channels, block * BLOCK - first_channel, count, acc);
+        for (int64_t pair = first; pair < end; pair += PAIR) {
             StoreArguments store = {.sink = &shared->geometry.sink,
-                                    .first_channel = job->group * layer->shape.n + block * BLOCK,
-                                    .channels = count,
+                                    .first_channel = job->group * layer->shape.n + pair * BLOCK,
                                     .positions = positions_of(job, tile),
                                     .runs = places.runs,
                                     .run_count = places.run_count,
                                     .lane_to = places.lane_to,
-                                    .is_whole = places.is_whole,
-                                    .acc = (const int32_t (*)[TILE])acc};
+                                    .is_whole = places.is_whole};
+            for (int64_t block = pair; block < end && block < pair + PAIR; block++) {
+                int32_t (*acc)[TILE] = job->workspace->acc[block * tiles + tile];
+                int count = channels_of(layer, block);
+                if (corrections.touched)
+                    add_corrections(&corrections, channels, block * BLOCK - first_channel, count, acc);
+                store.acc[block - pair] = (const int32_t (*)[TILE])acc;
+                store.channels += count;
+            }
             shared->ops->store(&store);
         }
     }
@@ -620,7 +622,7 @@ static void run_job_in_steps(Shared *shared, int64_t index, int cpu_threads) {
         run_step(&job, job_multiply, layer->blocks, 1, cpu_threads);
     }
     job_settle_events(&job);
-    run_step(&job, job_store, layer->blocks, 1, cpu_threads);
+    run_step(&job, job_store, layer->blocks, PAIR, cpu_threads);
     workspace_give(shared, workspace);
 }
 

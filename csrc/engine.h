@@ -12,6 +12,7 @@
 enum {
     TILE = 128,  /* output positions that are accumulated together */
     STREAM = 64, /* packed streams are multiples of this many positions */
+    PAIR = 2,    /* blocks that are stored together: 16 channels are a cache line */
 };
 
 /* An activation whose reduced value needs nine bits: the plane holds one less. */
@@ -106,14 +107,19 @@ typedef struct {
 
 typedef struct {
     const Sink *sink;
-    int64_t first_channel; /* over all groups */
-    int channels, positions;
-    const Run *runs; /* used where the sink's rows are contiguous */
+    int64_t first_channel;   /* over all groups */
+    int channels, positions; /* channels: 1..PAIR * BLOCK */
+    const Run *runs;         /* used where the sink's rows are contiguous */
     int run_count;
-    const int64_t *lane_to; /* (TILE): element offset, or NOWHERE; used elsewhere */
-    const bool *is_whole;   /* (TILE / 16): whether 16 lanes are neighbours in one row; likewise */
-    const int32_t (*acc)[TILE];
+    const int64_t *lane_to;           /* (TILE): element offset, or NOWHERE; used elsewhere */
+    const bool *is_whole;             /* (TILE / 16): whether 16 lanes are neighbours in one row; likewise */
+    const int32_t (*acc[PAIR])[TILE]; /* of each block */
 } StoreArguments;
+
+/* The sums of one of the channels that are stored together. */
+static inline const int32_t *stored_sums(const StoreArguments *store, int channel) {
+    return store->acc[channel / BLOCK][channel % BLOCK];
+}
 
 typedef struct {
     bool nonfinite, negative;

@@ -46,9 +46,10 @@ typedef struct {
     void *data;
     bool is_float;
     int64_t stride_b, stride_n, stride_h, stride_w;
-    const float *scale; /* (groups * n): scale_a * scale_w; unused for integers */
-    const float *bias;  /* (groups * n) or NULL */
-    bool relu;
+    const float *scale;        /* (groups * n): scale_a * scale_w; unused for integers */
+    const float *bias;         /* (groups * n) or NULL */
+    const float *gain, *shift; /* (groups * n) or NULL: then y = y * gain + shift, rounded once */
+    bool relu;                 /* last */
 } Sink;
 
 /* What the vector paths' time is spent on. */

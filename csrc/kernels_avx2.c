@@ -10,10 +10,10 @@
 #include "transpose.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,popcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,popcnt"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,popcnt")
+#pragma GCC target("avx2,fma,popcnt")
 #endif
 
 #include <immintrin.h>
@@ -438,6 +438,8 @@ INLINE __m256i finish(const Sink *sink, int64_t channel, const int32_t *acc) {
     __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(sink->scale[channel]));
     if (sink->bias)
         y = _mm256_add_ps(y, _mm256_set1_ps(sink->bias[channel]));
+    if (sink->gain)
+        y = _mm256_fmadd_ps(y, _mm256_set1_ps(sink->gain[channel]), _mm256_set1_ps(sink->shift[channel]));
     if (sink->relu)
         y = _mm256_max_ps(_mm256_setzero_ps(), y);
     return _mm256_castps_si256(y);
@@ -449,7 +451,7 @@ static void store_runs(const StoreArguments *store) {
         int32_t *to = (int32_t *)store->sink->data + channel * store->sink->stride_n;
         for (int i = 0; i < store->run_count; i++) {
             const Run *run = &store->runs[i];
-            const int32_t *acc = &store->acc[c][run->first];
+            const int32_t *acc = stored_sums(store, c) + run->first;
             int32_t values[2 * LANES];
             int32_t *out = run->lanes == 0xFFFF ? to + run->to : values;
             _mm256_storeu_si256((__m256i *)out, finish(store->sink, channel, acc));
@@ -466,10 +468,10 @@ static void store_runs(const StoreArguments *store) {
 static void store_lanes(const StoreArguments *store) {
     int32_t *data = store->sink->data;
     for (int at = 0; at < store->positions; at += LANES) {
-        int32_t values[BLOCK][LANES];
+        int32_t values[PAIR * BLOCK][LANES];
         for (int c = 0; c < store->channels; c++)
             _mm256_storeu_si256((__m256i *)values[c],
-                                finish(store->sink, store->first_channel + c, &store->acc[c][at]));
+                                finish(store->sink, store->first_channel + c, stored_sums(store, c) + at));
         for (int lane = 0; lane < LANES && at + lane < store->positions; lane++) {
             if (store->lane_to[at + lane] == NOWHERE)
                 continue;
@@ -506,7 +508,8 @@ static const VectorOps OPS = {.word_operands = 2,
 
 static bool is_supported(void) {
     __builtin_cpu_init(); /* includes what the operating system saves */
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("popcnt");
 }
 
 static bool run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,

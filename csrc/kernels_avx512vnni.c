@@ -151,10 +151,14 @@ INLINE void quantise_squares(const float *from, int64_t pixel_stride, int64_t co
                              const Quantiser *quantiser, uint8_t *to, int64_t channel_stride, Seen *seen,
                              const bool is_signed) {
     Rounder rounder = make_rounder(quantiser);
+    /* Large activations come from memory; the processor's own prefetching stops at every page. */
+    int64_t ahead = channels < 64 ? 3072 / channels : 48; /* pixels: 12 KB or more */
     for (int64_t i = 0; i < count; i += 16)
         for (int64_t c = 0; c < channels; c += 16) {
             const float *square = from + i * pixel_stride + c;
             __m128i columns[16];
+            UNROLL for (int p = 0; p < 16; p++)
+                _mm_prefetch((const char *)(square + (ahead + p) * pixel_stride), _MM_HINT_T0);
             if (count - i >= 16 && channels - c >= 16)
                 quantise_square(&rounder, square, pixel_stride, 16, 0xFFFF, is_signed, columns);
             else
@@ -536,6 +540,8 @@ INLINE __m512i finish(const Sink *sink, int64_t channel, const int32_t *acc) {
     __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(sink->scale[channel]));
     if (sink->bias)
         y = _mm512_add_ps(y, _mm512_set1_ps(sink->bias[channel]));
+    if (sink->gain)
+        y = _mm512_fmadd_ps(y, _mm512_set1_ps(sink->gain[channel]), _mm512_set1_ps(sink->shift[channel]));
     if (sink->relu)
         y = _mm512_max_ps(_mm512_setzero_ps(), y);
     return _mm512_castps_si512(y);
@@ -550,7 +556,7 @@ static void store_runs(const StoreArguments *store) {
         for (int i = 0; i < store->run_count; i++) {
             const Run *run = &store->runs[i];
             if (run->first != group)
-                y = finish(store->sink, channel, &store->acc[c][run->first]);
+                y = finish(store->sink, channel, stored_sums(store, c) + run->first);
             group = run->first;
             if (run->lanes == 0xFFFF)
                 _mm512_storeu_si512(to + run->to, y);
@@ -561,64 +567,66 @@ static void store_runs(const StoreArguments *store) {
     }
 }
 
-/* 8 channels of 16 positions to 16 positions of 8 channels: positions 4i + j and 4(i + 1) + j share a vector.
- */
-INLINE void transpose_words(const __m512i channels[BLOCK], __m256i positions[LANES]) {
-    __m512i pairs[BLOCK], fours[2][4]; /* fours[h][j], 128-bit lane i: channels 4h..4h+3 of position 4i + j */
-    UNROLL for (int c = 0; c < BLOCK; c += 2) {
-        pairs[c] = _mm512_unpacklo_epi32(channels[c], channels[c + 1]);
-        pairs[c + 1] = _mm512_unpackhi_epi32(channels[c], channels[c + 1]);
+/* 16 channels of 16 positions to 16 positions of 16 channels. */
+INLINE void transpose_words(__m512i words[16]) {
+    __m512i pairs[16], fours[16]; /* fours[4h + j], 128-bit lane i: channels 4h..4h+3 of position 4i + j */
+    UNROLL for (int c = 0; c < 16; c += 2) {
+        pairs[c] = _mm512_unpacklo_epi32(words[c], words[c + 1]);
+        pairs[c + 1] = _mm512_unpackhi_epi32(words[c], words[c + 1]);
     }
-    UNROLL for (int h = 0; h < 2; h++) {
-        fours[h][0] = _mm512_unpacklo_epi64(pairs[4 * h], pairs[4 * h + 2]);
-        fours[h][1] = _mm512_unpackhi_epi64(pairs[4 * h], pairs[4 * h + 2]);
-        fours[h][2] = _mm512_unpacklo_epi64(pairs[4 * h + 1], pairs[4 * h + 3]);
-        fours[h][3] = _mm512_unpackhi_epi64(pairs[4 * h + 1], pairs[4 * h + 3]);
+    UNROLL for (int h = 0; h < 16; h += 4) {
+        fours[h] = _mm512_unpacklo_epi64(pairs[h], pairs[h + 2]);
+        fours[h + 1] = _mm512_unpackhi_epi64(pairs[h], pairs[h + 2]);
+        fours[h + 2] = _mm512_unpacklo_epi64(pairs[h + 1], pairs[h + 3]);
+        fours[h + 3] = _mm512_unpackhi_epi64(pairs[h + 1], pairs[h + 3]);
     }
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    UNROLL for (int j = 0; j < 4; j++) {
-        __m512i first = _mm512_permutex2var_epi64(fours[0][j], low, fours[1][j]);
-        __m512i second = _mm512_permutex2var_epi64(fours[0][j], high, fours[1][j]);
-        positions[j] = _mm512_castsi512_si256(first);
-        positions[4 + j] = _mm512_extracti64x4_epi64(first, 1);
-        positions[8 + j] = _mm512_castsi512_si256(second);
-        positions[12 + j] = _mm512_extracti64x4_epi64(second, 1);
+    UNROLL for (int j = 0; j < 4; j++) { /* 4 x 4 lanes of 128 bits */
+        __m512i even_low = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
+        __m512i odd_low = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xDD);
+        __m512i even_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+        __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xDD);
+        words[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        words[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        words[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xDD);
+        words[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD);
     }
 }
 
-/* Channels next to each other, or anywhere: a position at a time. */
+/* Channels that are not next to each other. */
+static void scatter(const StoreArguments *store, int32_t *to, __m512i values) {
+    int32_t value[16];
+    _mm512_storeu_si512(value, values);
+    for (int c = 0; c < store->channels; c++)
+        to[c * store->sink->stride_n] = value[c];
+}
+
+/* A position at a time, whole cache lines where there are as many channels: half lines take several times as
+ * long. */
 static void store_lanes(const StoreArguments *store) {
     int32_t *to = (int32_t *)store->sink->data + store->first_channel * store->sink->stride_n;
-    __mmask8 present = (__mmask8)((1u << store->channels) - 1);
+    __mmask16 present = first_lanes(store->channels);
     for (int at = 0; at < store->positions; at += LANES) {
-        __m512i channels[BLOCK];
-        __m256i positions[LANES];
-        UNROLL for (int c = 0; c < BLOCK; c++) channels[c] =
-            c < store->channels ? finish(store->sink, store->first_channel + c, &store->acc[c][at])
+        __m512i words[16];
+        UNROLL for (int c = 0; c < 16; c++) words[c] =
+            c < store->channels ? finish(store->sink, store->first_channel + c, stored_sums(store, c) + at)
                                 : _mm512_setzero_si512();
-        transpose_words(channels, positions);
-        if (store->is_whole[at / LANES] && store->channels == BLOCK && store->sink->stride_n == 1) {
+        transpose_words(words);
+        if (store->is_whole[at / LANES] && present == 0xFFFF && store->sink->stride_n == 1) {
             int32_t *first = to + store->lane_to[at];
             UNROLL for (int lane = 0; lane < LANES; lane++)
-                _mm256_storeu_si256((__m256i *)(first + lane * store->sink->stride_w), positions[lane]);
+                _mm512_storeu_si512(first + lane * store->sink->stride_w, words[lane]);
             continue;
         }
-        for (int lane = 0; lane < LANES; lane++) {
+        UNROLL for (int lane = 0; lane < LANES; lane++) {
             int64_t offset = store->lane_to[at + lane];
             if (offset == NOWHERE)
                 continue;
-            if (store->sink->stride_n == 1) {
-                if (store->channels == BLOCK)
-                    _mm256_storeu_si256((__m256i *)(to + offset), positions[lane]);
-                else
-                    _mm256_mask_storeu_epi32(to + offset, present, positions[lane]);
-            } else {
-                int32_t values[BLOCK];
-                _mm256_storeu_si256((__m256i *)values, positions[lane]);
-                for (int c = 0; c < store->channels; c++)
-                    to[offset + c * store->sink->stride_n] = values[c];
-            }
+            if (store->sink->stride_n != 1)
+                scatter(store, to + offset, words[lane]);
+            else if (present == 0xFFFF)
+                _mm512_storeu_si512(to + offset, words[lane]);
+            else
+                _mm512_mask_storeu_epi32(to + offset, present, words[lane]);
         }
     }
 }

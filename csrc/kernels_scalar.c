@@ -168,6 +168,8 @@ static void store(const Sink *sink, int64_t index, int64_t channel, int32_t sum)
     float y = (float)sum * sink->scale[channel];
     if (sink->bias)
         y += sink->bias[channel];
+    if (sink->gain)
+        y = fmaf(y, sink->gain[channel], sink->shift[channel]);
     ((float *)sink->data)[index] = sink->relu && y < 0 ? 0 : y;
 }
 

@@ -66,13 +66,14 @@ def by_im2col(conv, weight, x, scale_a, scale_w, bias, order):
     layout=st.sampled_from(["nchw", "nhwc", "strided", "flipped"]),
     reordered=st.booleans(),
     relu=st.booleans(),
+    is_affine=st.booleans(),
     density=st.sampled_from([1.0, 0.98, 0.6, 0.2]),
     cpu_threads=st.sampled_from([1, 2, 3]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_convolution_equals_im2col(
     path, threads, policy, signed, batch, groups, channels, outputs, size, kernel, stride, padding, dilation,
-    layout, reordered, relu, density, cpu_threads, seed,
+    layout, reordered, relu, is_affine, density, cpu_threads, seed,
 ):  # fmt: skip
     rng = np.random.default_rng(seed)
     config = ArrayConfig(threads=threads, policy=policy)
@@ -88,10 +89,17 @@ def test_convolution_equals_im2col(
     scale_a, scale_w = np.float32(1.1), rng.random(groups * outputs, np.float32)
     bias = rng.normal(size=groups * outputs).astype(np.float32)
     y, counters = by_im2col(conv, weight, x, scale_a, scale_w, bias, order)
+    affine = None
+    if is_affine:
+        gain, shift = affine = rng.normal(size=(2, groups * outputs)).astype(np.float32)
+        exact = y.astype(np.longdouble) * gain[:, None, None] + shift[:, None, None]
+        y = exact.astype(np.float32)
     if relu:
         y = np.maximum(y, 0)
     out = images(rng, y.shape, False, layout) if rng.random() < 0.5 else None
-    result = conv.forward(x, scale_a, scale_w, bias, out=out, relu=relu, cpu_threads=cpu_threads)
+    result = conv.forward(
+        x, scale_a, scale_w, bias, out=out, affine=affine, relu=relu, cpu_threads=cpu_threads
+    )  # fmt: skip
     assert out is None or result.y is out
     np.testing.assert_array_equal(result.y, y)
     if y.size:

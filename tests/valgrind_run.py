@@ -22,7 +22,8 @@ for path in available_paths():
                     signed=signed,
                     path=path,
                 )
-                result = conv.forward(x, 1.0, np.ones(9, np.float32), cpu_threads=2)
+                ones = np.ones(9, np.float32)
+                result = conv.forward(x, 1.0, ones, affine=(ones, -ones), relu=True, cpu_threads=2)
                 assert np.isfinite(result.y).all()
                 assert result.counters is not None
             odd = PackedConv(weight[:, :7], config, signed=signed, path=path)

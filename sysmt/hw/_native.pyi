@@ -25,6 +25,8 @@ class Layer:
         inverse_scale: float = 1.0,
         scale: np.ndarray | None = None,
         bias: np.ndarray | None = None,
+        gain: np.ndarray | None = None,
+        shift: np.ndarray | None = None,
         relu: bool = False,
         cpu_threads: int = 1,
         count: bool = True,

@@ -51,6 +51,8 @@ cdef extern from "kernels.h" nogil:
         int64_t stride_b, stride_n, stride_h, stride_w
         const float *scale
         const float *bias
+        const float *gain
+        const float *shift
         bint relu
 
     ctypedef struct Outcome:
@@ -137,7 +139,8 @@ cdef class Layer:
 
     def run(
         self, cnp.ndarray x, cnp.ndarray out, *, float inverse_scale=1.0,
-        cnp.ndarray scale=None, cnp.ndarray bias=None, bint relu=False, int cpu_threads=1, bint count=True,
+        cnp.ndarray scale=None, cnp.ndarray bias=None, cnp.ndarray gain=None, cnp.ndarray shift=None,
+        bint relu=False, int cpu_threads=1, bint count=True,
     ):
         """Run x (B, C, H, W) into out (B, N, OH, OW); return counters and flags."""
         cdef Source source
@@ -156,11 +159,14 @@ cdef class Layer:
         sink.stride_b, sink.stride_n, sink.stride_h, sink.stride_w = [
             stride // out.itemsize for stride in (<object>out).strides
         ]
-        sink.scale = sink.bias = NULL
+        sink.scale = sink.bias = sink.gain = sink.shift = NULL
         if scale is not None:
             sink.scale = <const float *>cnp.PyArray_DATA(scale)
         if bias is not None:
             sink.bias = <const float *>cnp.PyArray_DATA(bias)
+        if gain is not None:
+            sink.gain = <const float *>cnp.PyArray_DATA(gain)
+            sink.shift = <const float *>cnp.PyArray_DATA(shift)
         sink.relu = relu
         memset(&outcome, 0, sizeof(outcome))
         outcome.is_timed = self.is_timed

@@ -166,6 +166,21 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     return array if whole and array.flags.aligned and array.dtype.isnative else np.array(array, order="C")
 
 
+def _contiguous(vector: np.ndarray | None) -> np.ndarray | None:
+    return None if vector is None else np.ascontiguousarray(vector)
+
+
+def _without_products(
+    n: int, bias: np.ndarray | None, affine: tuple[np.ndarray, np.ndarray] | None, relu: bool
+) -> np.ndarray:
+    """Return what an output is of which K is empty, by channel: float32 (N,)."""
+    y = np.zeros(n, np.float64) if bias is None else bias.astype(np.float64)
+    if affine is not None:
+        y = y * affine[0] + affine[1]
+    y32 = y.astype(np.float32)
+    return np.maximum(y32, 0) if relu else y32
+
+
 class PackedGemm:
     """A (K, N) weight matrix packed for the array; `run` multiplies integer operands by it.
 
@@ -371,6 +386,7 @@ class PackedConv:
         bias: np.ndarray | None = None,
         *,
         out: np.ndarray | None = None,
+        affine: tuple[np.ndarray, np.ndarray] | None = None,
         relu: bool = False,
         cpu_threads: int = 1,
         count: bool = True,
@@ -389,8 +405,10 @@ class PackedConv:
             Added after dequantisation.
         out : ndarray (B, N, OH, OW), float32, optional
             Where to write y; any strides. The default is a new C-ordered array.
+        affine : (ndarray (N,), ndarray (N,)), float32, optional
+            Gain and shift: y becomes ``y * gain + shift`` on the way out, rounded once.
         relu : bool
-            Whether to clamp y at 0 on the way out.
+            Whether to clamp y at 0 on the way out, after everything else.
         cpu_threads : int
             CPU threads; the result does not depend on it.
         count : bool
@@ -409,7 +427,9 @@ class PackedConv:
         n = shape[1]
         self._check_input(x)
         inverse = self._inverse(scale_a)
-        for name, vector in (("scale_w", scale_w), ("bias", bias)):
+        gain, shift = (None, None) if affine is None else affine
+        vectors = {"scale_w": scale_w, "bias": bias, "gain": gain, "shift": shift}
+        for name, vector in vectors.items():
             if vector is not None and (vector.shape != (n,) or vector.dtype != np.float32):
                 raise OperandError(
                     f"{name} has shape {vector.shape} and dtype {vector.dtype}; ({n},) of float32 is needed"
@@ -422,11 +442,8 @@ class PackedConv:
             )
         y = _aligned(out)
         scale = (float(scale_a) * scale_w.astype(np.float64)).astype(np.float32)
-        shift = None if bias is None else np.ascontiguousarray(bias)
         if 0 in shape or 0 in self.shape:
-            y[...] = 0 if bias is None else bias[:, None, None]
-            if relu:
-                np.maximum(y, 0, out=y)
+            y[...] = _without_products(n, bias, affine, relu)[:, None, None]
             active, reduced, flags = (0,) * (self.config.threads + 1), (0, 0), (False, False)
         else:
             active, reduced_a, reduced_w, *seen = self._layer.run(
@@ -434,7 +451,9 @@ class PackedConv:
                 y,
                 inverse_scale=inverse,
                 scale=scale,
-                bias=shift,
+                bias=_contiguous(bias),
+                gain=_contiguous(gain),
+                shift=_contiguous(shift),
                 relu=relu,
                 cpu_threads=cpu_threads,
                 count=count,
