@@ -24,6 +24,7 @@ from sysmt.hw.memory import Memory
 from sysmt.hw.operands import MAX_K
 from sysmt.nn.calibration import RangeObserver, WideObserver, image_batches, run_observed
 from sysmt.nn.energy import layer_energy
+from sysmt.nn.epilogue import settled
 from sysmt.nn.layers import CapturedGemm, HookedLayer
 from sysmt.nn.lowering import LayerGeometry
 from sysmt.quant.uniform import ActivationRange
@@ -47,6 +48,7 @@ def attach(
     errors: bool = False,
     exclude: Iterable[str] = (),
     per_channel: bool = True,
+    fuse: bool = True,
 ) -> Simulation:
     """Put a network's convolutions on the simulated array.
 
@@ -68,6 +70,10 @@ def attach(
         Names of layers that stay in float, also such as could not be simulated.
     per_channel : bool
         Weight scales per output channel (as in the papers) or per layer.
+    fuse : bool
+        Do a BatchNorm (in evaluation mode) and a ReLU that directly follow a convolution while it stores
+        its output, where no gradients are recorded. No bit changes, but torch does not run them, and so
+        profilers do not see them.
 
     Returns
     -------
@@ -103,6 +109,7 @@ def attach(
         errors=errors,
         exclude=exclude,
         per_channel=per_channel,
+        fuse=fuse,
     )
 
 
@@ -117,6 +124,8 @@ class Simulation:
         The array; each layer has its own thread count beside it.
     errors : bool
         Whether layers are compared with T = 1.
+    fuse : bool
+        Whether BatchNorm and ReLU are done with the convolution before them.
     reorder : bool
         Whether the orders gathered by ``calibrate(reorder=True)`` are in force.
     layers : dict of str to HookedLayer
@@ -134,11 +143,15 @@ class Simulation:
         errors: bool,
         exclude: Iterable[str],
         per_channel: bool,
+        fuse: bool,
     ) -> None:
         self.model = model
         self.config = config
         self.errors = errors
         self.per_channel = per_channel
+        self.fuse = fuse
+        self.is_inside = False
+        """Whether the model's own forward is at work, and not one of its modules alone."""
         self._include_first = first
         self._first_name: str | None = None
         self._reorder = False
@@ -159,7 +172,10 @@ class Simulation:
         self._attached = True
         self._images = 0
         self._forward_begins = False
-        self._hook = model.register_forward_pre_hook(self._begin_forward)
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin_forward),
+            model.register_forward_hook(self._end_forward, always_call=True),
+        ]
         # torch's fast path of attention layers reads weights past the modules that hold them.
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
@@ -169,7 +185,11 @@ class Simulation:
             layer.module.forward = layer  # type: ignore[method-assign]
 
     def _begin_forward(self, *_: Any) -> None:
-        self._forward_begins = True
+        self._forward_begins = self.is_inside = True
+
+    def _end_forward(self, _module: nn.Module, _inputs: Any, outputs: Any) -> Any:
+        self.is_inside = False
+        return settled(outputs)
 
     def _add_layer(self, name: str, module: nn.Module, linear: bool, depthwise: bool, excluded: bool) -> None:
         if isinstance(module.__dict__.get("forward"), HookedLayer):
@@ -234,7 +254,8 @@ class Simulation:
         """
         if self._attached:
             self._attached = False
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
         for layer in self.layers.values():
             if layer.module.__dict__.get("forward") is layer:

@@ -24,6 +24,7 @@ from sysmt.hw.gemm import gemm_stats
 from sysmt.hw.kernels import PackedConv, fingerprint
 from sysmt.hw.reorder import order_from_wide_counts
 from sysmt.hw.stats import Counters, GemmStats
+from sysmt.nn.epilogue import NOTHING, Epilogue, EpiloguePlan, GuardedOutput, LayerRun
 from sysmt.nn.lowering import LayerGeometry, im2col
 from sysmt.quant.error import sqnr_db_from_energies
 from sysmt.quant.uniform import ActivationRange, quantize_activations, quantize_weights, weight_scales
@@ -92,6 +93,7 @@ class HookedLayer:
         self.own_weight_scales: np.ndarray | None = None
         """Float32 (N,): scales that were set, instead of those that follow from the weights."""
         self._warned_negative = False
+        self._plan = EpiloguePlan(simulation.model)
         self.reset()
 
     # -- what was counted ----------------------------------------------------------------------
@@ -152,18 +154,40 @@ class HookedLayer:
                 f"layer {self.name!r}: input of {height} x {width} is too small for its kernel"
             )
         captures = self._due_captures(images)
-        y = self._run(images, self.threads, count=True)
+        is_guarded = self._may_be_guarded(x)
+        epilogue = self._plan.due() if is_guarded else NOTHING
+        y = self._run(images, self.threads, count=True, epilogue=epilogue)
         if self.simulation.errors:
             exact = y if self.threads == 1 else self._run(images, 1, count=False)
             self._compare(y, exact)
         self._fill_captures(captures, images)
+        if is_guarded:
+            again = functools.partial(self._run, images, self.threads, False)
+            return GuardedOutput(LayerRun(self.name, self._plan, epilogue, y, images, again))
         result = self._from_images(y, x)
         wanting = [t for t in (x, self.module.weight, self.module.bias) if t is not None and t.requires_grad]
         if torch.is_grad_enabled() and wanting:
             result = _NoGradient.apply(result, self.name, *wanting)  # type: ignore[no-untyped-call]
         return result
 
-    def _run(self, images: torch.Tensor, threads: int, count: bool) -> torch.Tensor:
+    def _may_be_guarded(self, x: torch.Tensor) -> bool:
+        """Whether what follows may be done here: nobody but the model sees the output, and no gradient."""
+        simulation = self.simulation
+        return (
+            self._plan.is_open
+            and simulation.is_inside
+            and simulation.fuse
+            and not simulation.errors
+            and x.ndim == 4
+            and isinstance(self.module, nn.Conv2d)
+            and not self.module._forward_hooks
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _run(
+        self, images: torch.Tensor, threads: int, count: bool, epilogue: Epilogue = NOTHING
+    ) -> torch.Tensor:
         assert self.range is not None
         padded = self.geometry.pad_float(images)
         packed = self._pack(threads)
@@ -181,6 +205,8 @@ class HookedLayer:
             self._weight_scales,
             None if bias is None else bias.detach().numpy(),
             out=y.numpy(),
+            affine=epilogue.affine,
+            relu=epilogue.relu,
             cpu_threads=torch.get_num_threads(),
             count=count,
         )
