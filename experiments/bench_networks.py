@@ -26,13 +26,23 @@ NETWORKS: dict[str, tuple[str, int, int, tuple[float, float, float]]] = {
 """Model, batch, pixels a side, and the speed to reach relative to torch at T = 1, 2, 4."""
 
 
+def settle_statistics(model: torch.nn.Module, images: torch.Tensor) -> torch.nn.Module:
+    """Give BatchNorm layers the images' statistics, as training would, and go to evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(images)
+    return model.eval()
+
+
 def network_rows(label: str, cpu_threads: int, rounds: int = 5) -> Iterator[Row]:
     """Time one network in both memory formats, ours and torch's; the faster of each counts."""
     name, batch, size, targets = NETWORKS[label]
     torch.set_num_threads(cpu_threads)
     torch.manual_seed(0)
-    model = build_model(name)
     images = torch.randn(batch, 3, size, size)
+    model = settle_statistics(build_model(name), images)
     formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
     candidates = {}
     with torch.inference_mode():
