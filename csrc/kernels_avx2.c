@@ -465,19 +465,54 @@ static void store_runs(const StoreArguments *store) {
     }
 }
 
+/* 8 channels of 8 positions to 8 positions of 8 channels. */
+INLINE void transpose_words(__m256i words[8]) {
+    __m256i pairs[8], fours[8]; /* fours[4h + j], 128-bit lane i: channels 4h..4h+3 of position 4i + j */
+    UNROLL for (int c = 0; c < 8; c += 2) {
+        pairs[c] = _mm256_unpacklo_epi32(words[c], words[c + 1]);
+        pairs[c + 1] = _mm256_unpackhi_epi32(words[c], words[c + 1]);
+    }
+    UNROLL for (int h = 0; h < 8; h += 4) {
+        fours[h] = _mm256_unpacklo_epi64(pairs[h], pairs[h + 2]);
+        fours[h + 1] = _mm256_unpackhi_epi64(pairs[h], pairs[h + 2]);
+        fours[h + 2] = _mm256_unpacklo_epi64(pairs[h + 1], pairs[h + 3]);
+        fours[h + 3] = _mm256_unpackhi_epi64(pairs[h + 1], pairs[h + 3]);
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        words[j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x20);
+        words[4 + j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x31);
+    }
+}
+
+/* A position at a time; both halves of a cache line follow each other. */
 static void store_lanes(const StoreArguments *store) {
-    int32_t *data = store->sink->data;
+    int32_t *data = (int32_t *)store->sink->data + store->first_channel * store->sink->stride_n;
     for (int at = 0; at < store->positions; at += LANES) {
-        int32_t values[PAIR * BLOCK][LANES];
-        for (int c = 0; c < store->channels; c++)
-            _mm256_storeu_si256((__m256i *)values[c],
-                                finish(store->sink, store->first_channel + c, stored_sums(store, c) + at));
-        for (int lane = 0; lane < LANES && at + lane < store->positions; lane++) {
+        __m256i words[PAIR][BLOCK];
+        for (int half = 0; half < PAIR; half++) {
+            for (int c = 0; c < BLOCK; c++) {
+                int channel = half * BLOCK + c;
+                words[half][c] = channel < store->channels
+                                     ? finish(store->sink, store->first_channel + channel,
+                                              stored_sums(store, channel) + at)
+                                     : _mm256_setzero_si256();
+            }
+            transpose_words(words[half]);
+        }
+        for (int lane = 0; lane < LANES; lane++) {
             if (store->lane_to[at + lane] == NOWHERE)
                 continue;
-            int32_t *to = data + store->lane_to[at + lane] + store->first_channel * store->sink->stride_n;
+            int32_t *to = data + store->lane_to[at + lane];
+            if (store->channels == PAIR * BLOCK && store->sink->stride_n == 1) {
+                _mm256_storeu_si256((__m256i *)to, words[0][lane]);
+                _mm256_storeu_si256((__m256i *)(to + BLOCK), words[1][lane]);
+                continue;
+            }
+            int32_t values[PAIR * BLOCK];
+            _mm256_storeu_si256((__m256i *)values, words[0][lane]);
+            _mm256_storeu_si256((__m256i *)(values + BLOCK), words[1][lane]);
             for (int c = 0; c < store->channels; c++)
-                to[c * store->sink->stride_n] = values[c][lane];
+                to[c * store->sink->stride_n] = values[c];
         }
     }
 }
