@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
@@ -102,6 +103,18 @@ def parse_count(value: object, field: str, minimum: int = 1) -> int:
     if count < minimum:
         raise ConfigError(f"{field}={count} is too small; it must be at least {minimum}")
     return count
+
+
+def parse_layer_names(given: object, field: str) -> set[str]:
+    """Turn a name, or an iterable of names, into a set; raise `ConfigError` otherwise."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Iterable):
+        raise ConfigError(f"{field}={given!r} has type {type(given).__name__}; names of layers are needed")
+    found = list(names)
+    for name in found:
+        if not isinstance(name, str):
+            raise ConfigError(f"{field} has {name!r} of type {type(name).__name__} in it; names are strings")
+    return set(found)
 
 
 def parse_threads(value: object, field: str = "threads") -> int:

@@ -129,8 +129,11 @@ def test_impossible_bits_are_refused(bits):
 
 
 def test_a_broken_fraction_is_refused():
-    with pytest.raises(ConfigError, match="fraction_bits"):
-        QFormat(1.5)
+    for broken in (1.5, 1106, -1024, 1 << 40):
+        with pytest.raises(ConfigError, match="fraction_bits"):
+            QFormat(broken)
+    assert QFormat.of([1.7e308], 2).step == 2.0**1023
+    assert QFormat.of([5e-324], 32).quantize([5e-324]).tolist() == [2**31 - 1]
 
 
 # -- integers ----------------------------------------------------------------------------------

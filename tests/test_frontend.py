@@ -753,6 +753,10 @@ def test_naming_the_first_convolution_before_it_is_known():
 def test_exclude_must_exist():
     with pytest.raises(sysmt.ConfigError, match="'conv'"):
         sysmt.attach(small_net(), exclude=["conv"])
+    with pytest.raises(sysmt.ConfigError, match="exclude=3 has type int; names of layers"):
+        sysmt.attach(small_net(), exclude=3)
+    with pytest.raises(sysmt.ConfigError, match="exclude has 3 of type int in it"):
+        sysmt.attach(small_net(), exclude=["0", 3])
 
 
 def test_attach_arguments():

@@ -117,6 +117,8 @@ def test_prediction_can_start_in_the_middle() -> None:
     for wrong in ("d", 3):
         with pytest.raises(ConfigError, match="is no layer of the report"):
             predict_variances(report, batchnorm=False, last=wrong)
+    with pytest.raises(ConfigError, match="the report has no rows"):
+        predict_variances(report.iloc[:0], batchnorm=False)
 
 
 def wide_network(batchnorm: bool, threshold: str) -> pd.DataFrame:

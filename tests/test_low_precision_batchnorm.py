@@ -469,6 +469,7 @@ def test_what_cannot_be_converted_is_named():
         ("from block 4", "layer1, layer2, layer3"),
         (["bn2"], "did you mean 'bn1'"),
         ([], "nothing to convert of the 7"),
+        (3, "where=3 has type int"),
     ):
         with pytest.raises(ConfigError, match=words):
             convert_batchnorm(model, "L4", where)

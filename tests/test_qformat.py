@@ -251,6 +251,8 @@ def test_stages_are_compared_with_the_float_network():
     before = state(model)
     with QNetwork(model) as network:
         network.calibrate(loader, 5)
+        with pytest.raises(ConfigError, match=r"nothing has been compared at '4' 'bn' yet; call compare"):
+            network.channels("4", "bn")
         table = network.compare(loader)
         with torch.no_grad():
             y = torch.cat([model(x) for x in loader])

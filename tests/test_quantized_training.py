@@ -244,6 +244,7 @@ def test_quantising_twice_or_a_masked_layer_is_refused_and_changes_nothing() -> 
         (lambda: quantize_network(digits(), "binary"), "weights='binary' must be"),
         (lambda: quantize_network(digits(), BinaryWeight(), 2), "activations=2 must be"),
         (lambda: quantize_network(digits(), BinaryWeight(), exclude=["layer1"]), "exclude names 'layer1'"),
+        (lambda: quantize_network(digits(), BinaryWeight(), exclude=3), "exclude=3 has type int"),
         (lambda: initialise_uniform(digits(), -1), "seed=-1"),
     ],
 )

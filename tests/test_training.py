@@ -234,11 +234,21 @@ def test_no_epochs_change_nothing(data: ImageData) -> None:
         ({"epochs": -1}, "epochs=-1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"data": iter([])}, "no length"),
+        ({"device": "gpu"}, "device='gpu' is not possible here"),
     ],
 )
 def test_impossible_training(change: dict, words: str, data: ImageData) -> None:
     with pytest.raises(ConfigError, match=words):
         train(network(), **{"data": data, **OPTIONS, **change})
+
+
+def test_a_batch_without_images_is_named() -> None:
+    loader = [
+        (torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)),
+        (torch.zeros(0, 3, 8, 8), torch.zeros(0)),
+    ]
+    with pytest.raises(DataError, match="a batch without images"):
+        train(network(), loader, **OPTIONS)
 
 
 def test_divergence_is_an_error(data: ImageData) -> None:

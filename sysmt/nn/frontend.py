@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from sysmt.config import ArrayConfig, parse_count, parse_threads
+from sysmt.config import ArrayConfig, parse_count, parse_layer_names, parse_threads
 from sysmt.errors import CalibrationError, ConfigError, UnsupportedLayerError, nearest
 from sysmt.hw.energy import EnergyTable, load_table
 from sysmt.hw.kernels import keep_heap
@@ -156,7 +156,7 @@ class Simulation:
         self._first_name: str | None = None
         self._reorder = False
         self._threads_by_name: dict[str, int] = {}
-        excluded = {exclude} if isinstance(exclude, str) else {str(name) for name in exclude}
+        excluded = parse_layer_names(exclude, "exclude")
         self.layers: dict[str, HookedLayer] = {}
         for name, module in model.named_modules():
             excluded_here = name in excluded

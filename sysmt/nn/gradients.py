@@ -167,8 +167,10 @@ def predict_variances(
     Raises
     ------
     ConfigError
-        If there is no layer `last`.
+        If there is no layer `last`, or no layer at all.
     """
+    if report.empty:
+        raise ConfigError("the report has no rows: record the gradients of a backward pass first")
     names = list(report["name"])
     last = names[-1] if last is None and names else last
     if last not in names:

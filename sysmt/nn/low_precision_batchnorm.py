@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from sysmt.config import parse_count
+from sysmt.config import parse_count, parse_layer_names
 from sysmt.errors import ConfigError, OperandError, nearest
 from sysmt.nn.batchnorm import named_batchnorms
 from sysmt.nn.packed_activations import Packing, affine, in_memory_order, note_recipe, pack_values
@@ -295,11 +295,10 @@ def restore_batchnorm(model: nn.Module) -> tuple[str, ...]:
 def _chosen(model: nn.Module, names: list[str], where: str | Collection[str]) -> list[str]:
     """Return the names of the layers to convert, in the order of definition."""
     if not isinstance(where, str):
-        for name in where:
+        where = parse_layer_names(where, "where")
+        for name in sorted(where):
             if name not in names:
-                raise ConfigError(
-                    f"where names {name!r}, which is no BatchNorm layer{nearest(str(name), names)}"
-                )
+                raise ConfigError(f"where names {name!r}, which is no BatchNorm layer{nearest(name, names)}")
         return [name for name in names if name in where]
     if where == "all":
         return names

@@ -516,4 +516,9 @@ class QNetwork:
         if layer not in self.layers or stage not in self.layers[layer].errors:
             known = ", ".join(f"{name} {stage}" for name, one in self.layers.items() for stage in one.stages)
             raise ConfigError(f"there is no stage {layer!r} {stage!r}; known: {known}")
-        return self.layers[layer].errors[stage].channels()
+        error = self.layers[layer].errors[stage]
+        if not error.values:
+            raise ConfigError(
+                f"nothing has been compared at {layer!r} {stage!r} yet; call compare(loader) first"
+            )
+        return error.channels()

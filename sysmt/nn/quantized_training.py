@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sysmt.config import parse_count, parse_name
+from sysmt.config import parse_count, parse_layer_names, parse_name
 from sysmt.errors import ConfigError, DataError, UnsupportedLayerError, nearest
 from sysmt.quant.ternary import TWN_FACTOR, variance_threshold
 
@@ -242,7 +242,7 @@ def quantize_network(
     if not isinstance(activations, ActivationQuantizer | None):
         raise ConfigError(f"activations={activations!r} must be an ActivationQuantizer or None")
     layers = _layers(model)
-    excluded = {exclude} if isinstance(exclude, str) else set(exclude)
+    excluded = parse_layer_names(exclude, "exclude")
     for name in sorted(excluded.difference(layers)):
         raise ConfigError(
             f"exclude names {name!r}, but the network has no such Conv2d or Linear layer"

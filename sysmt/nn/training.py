@@ -279,11 +279,10 @@ def train(
     home = _device_of(model)
     modes = [(module, module.training) for module in model.modules()]
     contiguous = [tensor for tensor in _weights_4d(model) if tensor.is_contiguous()]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _parse_device(device)
     try:
         model.to(device)
-        if channels_last and torch.device(device).type == "cpu":
+        if channels_last and device.type == "cpu":
             _lay_out(_weights_4d(model), torch.channels_last)
         with batch_statistics(model, kind) as batchnorms:
             run = _Run(model, data, recipe, Path(checkpoint) if checkpoint else None, test, batchnorms)
@@ -360,6 +359,8 @@ class _Run:
         for inputs, labels in loader:
             if len(labels) == 1 and largest > 1:
                 continue  # a last batch of one image has no variance for BatchNorm to learn from
+            if not len(labels):
+                raise DataError("the loader gave a batch without images")
             largest = max(largest, len(labels))
             self._freeze()
             logits = self._forward(inputs.to(device))
@@ -513,6 +514,18 @@ def _lay_out(tensors: Iterable[Tensor], memory_format: torch.memory_format) -> N
     """Change the order of weights in memory; the tensors themselves stay, and optimizers know them."""
     for tensor in tensors:
         tensor.data = tensor.data.to(memory_format=memory_format)
+
+
+def _parse_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device={device!r} is not possible here ({reason}); 'auto', 'cpu' or 'cuda'"
+        ) from None
 
 
 def _device_of(model: nn.Module) -> torch.device:

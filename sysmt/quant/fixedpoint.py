@@ -29,6 +29,7 @@ from sysmt.quant.error import sqnr_db
 __all__ = ["QFormat", "align_bias", "floor_shift", "fraction_bits", "round_shift", "saturate", "sqnr_db"]
 
 MAX_BITS = 32
+FRACTION_BITS = (-1023, 1105)  # what float64 asks for: its largest number in 2 bits, its smallest in 32
 ACCUMULATOR_BITS = 32
 
 Int64Array = npt.NDArray[np.int64]
@@ -112,7 +113,7 @@ class QFormat:
     Raises
     ------
     ConfigError
-        If `bits` is out of range or `fraction_bits` no integer.
+        If `bits` is out of range, or `fraction_bits` no integer or beyond -1023 .. 1105.
     """
 
     fraction_bits: int
@@ -120,9 +121,10 @@ class QFormat:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _parse_bits(self.bits))
-        object.__setattr__(
-            self, "fraction_bits", parse_count(self.fraction_bits, "fraction_bits", minimum=-(1 << 16))
-        )
+        fraction = parse_count(self.fraction_bits, "fraction_bits", minimum=FRACTION_BITS[0])
+        if fraction > FRACTION_BITS[1]:
+            raise ConfigError(f"fraction_bits={fraction} is too large; it must be at most {FRACTION_BITS[1]}")
+        object.__setattr__(self, "fraction_bits", fraction)
 
     @classmethod
     def of(cls, x: npt.ArrayLike, bits: int = 8) -> QFormat:
