@@ -15,10 +15,11 @@ from torch.nn.utils import prune
 
 import sysmt.progress
 from sysmt.errors import ConfigError, DataError, DivergedError, WeightsError
-from sysmt.nn import training
+from sysmt.nn import digits
 from sysmt.nn.checkpoints import weights_hash
 from sysmt.nn.data import ImageData, open_data
-from sysmt.nn.training import History, evaluate, train, trained_digits
+from sysmt.nn.digits import trained_digits
+from sysmt.nn.training import History, evaluate, train
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -363,13 +364,13 @@ def test_foreign_and_damaged_checkpoints(data: ImageData, tmp_path: Path) -> Non
 
 
 def test_digits_are_kept_and_made_again_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(training._DIGITS_RECIPE, "epochs", 1)
+    monkeypatch.setitem(digits.RECIPE, "epochs", 1)
     threads = torch.get_num_threads()
     first = trained_digits(tmp_path, progress=False)
     assert torch.get_num_threads() == threads
     (kept,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
+        patch.setattr(digits, "train", lambda *_, **__: pytest.fail("trained again"))
         again = trained_digits(tmp_path, progress=False)
     assert not again.training
     assert weights_hash(first) == weights_hash(again)

@@ -1,15 +1,11 @@
-"""The one training loop, the one evaluation, and the digits network that is trained on the spot."""
+"""The one training loop and the one evaluation."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,20 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sysmt.config import parse_count
-from sysmt.errors import ConfigError, DataError, DivergedError, OutputError, WeightsError
-from sysmt.files import cache_directory, written_whole
+from sysmt.errors import ConfigError, DataError, DivergedError, WeightsError
+from sysmt.files import written_whole
 from sysmt.nn.batch_statistics import BatchStatistics, batch_statistics, check_statistics
-from sysmt.nn.checkpoints import (
-    load_weights,
-    read_torch_file,
-    refresh_masked,
-    save_weights,
-)
-from sysmt.nn.data import ImageData, open_data
-from sysmt.nn.models import build_model
+from sysmt.nn.checkpoints import read_torch_file, refresh_masked
+from sysmt.nn.data import ImageData
 from sysmt.progress import Bar, progress_bar
 
-__all__ = ["Evaluation", "History", "evaluate", "train", "trained_digits"]
+__all__ = ["Evaluation", "History", "evaluate", "train"]
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["onecycle", "cosine", "constant", "step"]
@@ -534,65 +524,3 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-
-
-# -- the network of the demonstration ----------------------------------------------------------
-
-_DIGITS_RECIPE: dict[str, Any] = {"epochs": 30, "lr": 0.2, "weight_decay": 0.0, "batch_size": 64}
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: a tiny network gains nothing from more, and sums in one order anywhere."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def trained_digits(cache_dir: str | Path | None = None, *, seed: int = 0, progress: bool = True) -> nn.Module:
-    """Return the digits network, trained on the spot the first time and read from disk afterwards.
-
-    Parameters
-    ----------
-    cache_dir : str or Path, optional
-        By default `sysmt.files.cache_directory`.
-    seed : int
-        Of the initial weights, the order of the images and their augmentation.
-    progress : bool
-        Show progress on stderr.
-
-    Returns
-    -------
-    nn.Module
-        In evaluation mode, on the CPU.
-    """
-    data = open_data("digits", seed=seed)
-    recipe = _DIGITS_RECIPE | {"seed": parse_count(seed, "seed", minimum=0)}
-    facts = {
-        "model": "digits",
-        "data": data.fingerprint(),
-        "recipe": recipe,
-        **data.preprocessing.to_record(),
-    }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(cache_dir or cache_directory()) / f"digits-{key}.pt"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = build_model("digits")
-    if path.is_file():
-        try:
-            load_weights(model, path)
-            return model
-        except WeightsError as error:
-            warnings.warn(f"{error}; training the digits network again", stacklevel=2)
-    with _one_thread():
-        # Not channels_last: the figures that are published of this network belong to these last bits.
-        train(model, data, **recipe, device="cpu", channels_last=False, progress=progress)
-    try:
-        save_weights(model, path, facts)
-    except OutputError as error:
-        warnings.warn(f"the trained digits network is not kept: {error}", stacklevel=2)
-    return model

@@ -19,11 +19,12 @@ from sysmt.nn.batchnorm import load_statistics, recalibrate_batchnorm, save_stat
 from sysmt.nn.calibration_file import load_calibration
 from sysmt.nn.checkpoints import weights_hash
 from sysmt.nn.data import ImageData, Loader, open_data
+from sysmt.nn.digits import trained_digits
 from sysmt.nn.energy import energy_facts
 from sysmt.nn.frontend import Simulation, attach
 from sysmt.nn.models import build_model, load_model
 from sysmt.nn.pruning import prune_model
-from sysmt.nn.training import Evaluation, evaluate, trained_digits
+from sysmt.nn.training import Evaluation, evaluate
 from sysmt.progress import Counted, progress_bar
 from sysmt.study.assign import measure_errors, throttle
 from sysmt.study.run_config import RANDOM_WEIGHTS, RunConfig, Setting
