@@ -1,5 +1,7 @@
 /* Fresh pages from the kernel, zeroed and faulted in one by one, cost a tenth of a network's forward. So a
- * few buffers are kept from run to run: KEPT of at most LARGEST bytes for the whole process. */
+ * few buffers are kept from run to run: KEPT of at most LARGEST bytes for the whole process. Once the C
+ * library's heap keeps what is freed, they go back to it instead: a layer's scratch is then no faster to come
+ * by from here, and while other layers run, the memory is theirs. */
 #include "buffers.h"
 
 #include <pthread.h>
@@ -19,6 +21,7 @@ typedef struct {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Header *kept[KEPT];
+static bool heap_keeps; /* so nothing is kept here */
 
 /* The smallest kept buffer that is large enough, but not wastefully so. */
 static Header *find_kept(size_t bytes) {
@@ -53,7 +56,7 @@ void buffer_give(void *buffer) {
         return;
     Header *header = (Header *)buffer - 1;
     pthread_mutex_lock(&lock);
-    if (header->bytes <= LARGEST) {
+    if (!heap_keeps && header->bytes <= LARGEST) {
         int at = 0; /* a free place, else the smallest buffer's */
         for (int i = 0; i < KEPT && kept[at]; i++)
             if (!kept[i] || kept[i]->bytes < kept[at]->bytes)
@@ -64,6 +67,16 @@ void buffer_give(void *buffer) {
     }
     pthread_mutex_unlock(&lock);
     free(header);
+}
+
+static void leave_to_heap(void) {
+    pthread_mutex_lock(&lock);
+    heap_keeps = true;
+    for (int i = 0; i < KEPT; i++) {
+        free(kept[i]);
+        kept[i] = NULL;
+    }
+    pthread_mutex_unlock(&lock);
 }
 
 /* A layer's outputs are a few megabytes each. By default they are mapped afresh, or trimmed off the heap,
@@ -78,5 +91,6 @@ void buffers_keep_heap(void) {
         mallopt(M_TRIM_THRESHOLD, TRIM_BYTES);
         mallopt(M_MMAP_THRESHOLD, MAP_BYTES);
     }
+    leave_to_heap(); /* where it is tuned, too: then the user has said what is to be kept */
 #endif
 }
