@@ -1,16 +1,17 @@
 """Benchmarks of what is limited rather than compared: threads, memory, reports, the cycle engine.
 
-Run as a script it is the child process of `memory_rows`: one forward, then its peak memory in bytes.
+Run as a script it is a child process of `memory_rows`: forwards, then their peak memory in bytes as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ MEMORY_NETWORKS = {"ResNet-18": ("resnet18", 8, 224), "CIFAR ResNet-20": ("resne
 
 
 def _attached(name: str, batch: int, size: int, config: sysmt.ArrayConfig) -> tuple[Any, ...]:
-    """Build a network on the array, its ranges made up; return it, the simulation and images."""
+    """Build a network on the array, calibrated with the images; return it, the simulation and them."""
     torch.manual_seed(0)
     model = build_model(name)
     simulation = sysmt.attach(model, config)
-    simulation.set_ranges({layer.name: 0.02 for layer in simulation.simulated()})
-    return model, simulation, torch.randn(batch, 3, size, size)
+    images = torch.randn(batch, 3, size, size)
+    simulation.calibrate([images], images=batch)
+    return model, simulation, images
 
 
 def is_quiet() -> bool:
@@ -73,61 +75,111 @@ def thread_rows() -> Iterator[Row]:
         }
 
 
+RETURN_AT_ONCE = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""glibc's environment under which resident memory is live memory: whatever is freed goes back at once.
+sysmt's own thresholds give way to it."""
+
+PEAK_RESET = Path("/proc/self/clear_refs")
+"""Linux: writing 5 to it forgets the peak so far."""
+
+
 def peak_bytes() -> int:
-    """Return the most memory this process has had at once; not the parent's, as ru_maxrss may be."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status has no VmHWM")
+    """Return the most memory this process has had at once, without what it maps from files, such as code."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * (int(status["VmHWM"].split()[0]) - int(status["RssFile"].split()[0]))
 
 
-def measure_memory(label: str, threads: int) -> dict[str, int]:
-    """Run two forwards, in float if `threads` is 0, and return the peak and what it may be made of."""
+def forward_peak_bytes(model: torch.nn.Module, x: torch.Tensor) -> int:
+    """Run two forwards, the first of which may pack weights, and return the process's peak meanwhile."""
+    PEAK_RESET.write_text("5")
+    with torch.inference_mode():
+        for _ in range(2):
+            model(x)
+    return peak_bytes()
+
+
+def print_memory(label: str) -> None:
+    """Print forwards' peak, packed weights and largest packed input in bytes, as JSON: a line for each T.
+
+    T = 0 is in float. Each is measured in a fork of this process, so that all begin with the same memory.
+    """
     torch.set_num_threads(1)
     name, batch, size = MEMORY_NETWORKS[label]
-    model, simulation, x = _attached(name, batch, size, sysmt.ArrayConfig(threads=threads or 1))
+    model, simulation, x = _attached(name, batch, size, sysmt.ArrayConfig())
     inputs: dict[str, int] = {}
     for layer in simulation.simulated():
         layer.module.register_forward_pre_hook(
             lambda _, args, key=layer.name: inputs.update({key: args[0].numel()})
         )
-    if not threads:
-        simulation.detach()
-    with torch.inference_mode():
-        for _ in range(2):
-            model(x)
-    packed = sum(conv.weight_bytes for layer in simulation.simulated() for conv in layer._packed.values())
-    return {"peak": peak_bytes(), "packed": packed, "input": max(inputs.values())}
+
+    def measure(threads: int) -> None:
+        if threads:
+            simulation.set_threads(threads)
+        else:
+            simulation.detach()
+        peak = forward_peak_bytes(model, x)
+        packed = sum(conv.weight_bytes for layer in simulation.simulated() for conv in layer._packed.values())
+        print(json.dumps({"peak": peak, "packed": packed, "input": max(inputs.values())}), flush=True)
+
+    for threads in (0, 1, 2, 4):
+        child = multiprocessing.get_context("fork").Process(target=measure, args=[threads])
+        child.start()
+        child.join()
+
+
+def measure_memory(label: str, environment: Mapping[str, str]) -> dict[int, dict[str, int]]:
+    """Return what `print_memory` says of each T in a new process, `environment` telling the C library how."""
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("MALLOC_") and key != "GLIBC_TUNABLES"
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, label],
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(zip((0, 1, 2, 4), map(json.loads, done.stdout.splitlines()[-4:]), strict=True))
 
 
 def memory_rows() -> Iterator[Row]:
     """Peak of a forward beyond that of the float forward, against packed weights + one packed input.
 
-    The lesser of two processes each: heaps differ by megabytes from run to run.
-    The largest layer's input counts one byte an activation, once: what a plane takes.
+    Judged is live memory: what the process has allocated and not freed, in buffers of 64 KB and more.
+    For that the C library hands every such buffer back to the kernel as soon as it is freed, so that
+    the resident peak of the forwards (packing included, calibration not) is the live one; repeated
+    runs differ by some 0.3 MB. The largest layer's input counts one byte an activation, once: what a
+    plane takes.
+
+    The resident peak as users have it is shown beside it, and not judged: `attach` has glibc keep what
+    is freed, and whether a freed activation's place fits the next one changes from run to run by tens
+    of megabytes, for the float network as well.
     """
-    if not Path("/proc/self/status").exists():
+    if not os.access(PEAK_RESET, os.W_OK):
         return
     for label in MEMORY_NETWORKS:
-        of_threads = {}
-        for threads in (0, 1, 2, 4):
-            command = [sys.executable, __file__, label, str(threads)]
-            runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)]
-            measured = [json.loads(done.stdout.splitlines()[-1]) for done in runs]
-            of_threads[threads] = min(measured, key=lambda one: one["peak"])
-        for threads in (1, 2, 4):
-            least = of_threads[threads]
-            beyond = least["peak"] - of_threads[0]["peak"]
-            yield {
-                "part": "memory",
-                "name": f"{label}: {beyond / 1e6:.1f} MB",
-                "threads": threads,
-                "ratio": beyond / (least["packed"] + least["input"]),
-                "target": 1.0,
-                "beyond_bytes": beyond,
-                "packed_weights_bytes": least["packed"],
-                "packed_input_bytes": least["input"],
-            }
+        for kind, environment in (("", RETURN_AT_ONCE), (", resident", {})):
+            measured = measure_memory(label, environment)
+            for threads in (1, 2, 4):
+                one = measured[threads]
+                beyond = one["peak"] - measured[0]["peak"]
+                yield {
+                    "part": "memory",
+                    "name": f"{label}{kind}: {beyond / 1e6:.1f} MB",
+                    "threads": threads,
+                    "ratio": beyond / (one["packed"] + one["input"]),
+                    "target": None if kind else 1.0,
+                    "beyond_bytes": beyond,
+                    "packed_weights_bytes": one["packed"],
+                    "packed_input_bytes": one["input"],
+                }
 
 
 def report_rows() -> Iterator[Row]:
@@ -181,4 +233,4 @@ def cycle_rows() -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_memory(sys.argv[1], int(sys.argv[2]))))
+    print_memory(sys.argv[1])
