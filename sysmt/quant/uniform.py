@@ -161,7 +161,10 @@ def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray
     """
     w = np.asarray(weight, np.float32)
     inverse = (1.0 / scales.astype(np.float64)).astype(np.float32).reshape(-1, *[1] * (w.ndim - 1))
-    codes: npt.NDArray[np.int8] = np.clip(np.rint(w * inverse), -WEIGHT_LIMIT, WEIGHT_LIMIT).astype(np.int8)
+    scaled = w * inverse
+    np.rint(scaled, out=scaled)  # in place: a copy of the largest layer may be a forward's peak
+    np.clip(scaled, -WEIGHT_LIMIT, WEIGHT_LIMIT, out=scaled)
+    codes: npt.NDArray[np.int8] = scaled.astype(np.int8)
     return codes
 
 
