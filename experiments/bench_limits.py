@@ -5,6 +5,7 @@ Run as a script it is a child process of `memory_rows`: forwards, then their pea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,19 @@ def _attached(name: str, batch: int, size: int, config: sysmt.ArrayConfig) -> tu
     return model, simulation, images
 
 
-def is_quiet() -> bool:
-    """Whether this process gets as much of a core as it asks for, over a tenth of a second."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    while time.perf_counter() < wall + 0.1:
-        pass
-    return time.process_time() - cpu > 0.095
+def _share_of_core(seconds: float = 0.1) -> float:
+    """Return the CPU time that this thread gets while it asks for a whole core, per second."""
+    wall, cpu, data = time.perf_counter(), time.thread_time(), bytes(1 << 20)
+    while time.perf_counter() < wall + seconds:
+        hashlib.sha256(data)  # outside the GIL
+    return (time.thread_time() - cpu) / (time.perf_counter() - wall)
+
+
+def is_quiet(cores: int) -> bool:
+    """Whether so many threads at once get a core each, over a tenth of a second."""
+    with ThreadPoolExecutor(cores) as pool:
+        shares = [pool.submit(_share_of_core) for _ in range(cores)]
+        return min(share.result() for share in shares) > 0.95
 
 
 def thread_rows() -> Iterator[Row]:
@@ -59,10 +68,10 @@ def thread_rows() -> Iterator[Row]:
             torch.set_num_threads(cpu_threads)
             net(x)
 
-        quiet = is_quiet()
+        quiet = is_quiet(2)
         with torch.inference_mode():
             seconds = take_turns({"1": lambda r=run: r(1), "2": lambda r=run: r(2)}, 7, one_thread=False)
-        quiet = quiet and is_quiet()
+        quiet = quiet and is_quiet(2)
         simulation.detach()
         yield {
             "part": "threads",
