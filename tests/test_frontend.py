@@ -2,8 +2,11 @@
 
 import copy
 import math
+import os
 import platform
 import resource
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -961,6 +964,33 @@ def test_a_forward_takes_its_memory_from_the_one_before():
             net(x)
             fresh_pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert min(fresh_pages[5:]) * resource.getpagesize() < 32 * 16 * 32 * 32 * 4  # one layer's output
+
+
+LIVE_BESIDE_PACKED = """
+from pathlib import Path
+import torch, sysmt
+
+def allocated_bytes():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["RssAnon"].split()[0])
+
+conv, x = torch.nn.Conv2d(256, 256, 3, padding=1), torch.rand(1, 256, 64, 64)
+sim = sysmt.attach(torch.nn.Sequential(conv), sysmt.ArrayConfig(threads=4), first=True)
+sim.calibrate([x], images=1)
+before = allocated_bytes()
+conv(x)
+(packed,) = sim.layers["0"]._packed.values()
+print(allocated_bytes() - before - packed.weight_bytes)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+def test_a_layer_leaves_nothing_but_its_packed_weights():
+    """In a process whose heap hands back at once what is freed: planes and sums took three megabytes."""
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LIVE_BESIDE_PACKED]
+    done = subprocess.run(command, env=os.environ | at_once, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1e6
 
 
 def test_own_weight_scales_decide_what_is_narrow():
