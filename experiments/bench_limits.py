@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from bench_clock import take_turns
 from bench_kernels import draw_operands
+from bench_networks import settle_statistics
 
 import sysmt
 from sysmt.nn.models import build_model
@@ -33,9 +34,9 @@ MEMORY_NETWORKS = {"ResNet-18": ("resnet18", 8, 224), "CIFAR ResNet-20": ("resne
 def _attached(name: str, batch: int, size: int, config: sysmt.ArrayConfig) -> tuple[Any, ...]:
     """Build a network on the array, calibrated with the images; return it, the simulation and them."""
     torch.manual_seed(0)
-    model = build_model(name)
-    simulation = sysmt.attach(model, config)
     images = torch.randn(batch, 3, size, size)
+    model = settle_statistics(build_model(name), images)
+    simulation = sysmt.attach(model, config)
     simulation.calibrate([images], images=batch)
     return model, simulation, images
 

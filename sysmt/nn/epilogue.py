@@ -8,6 +8,7 @@ followed; a guarded output that is then used for anything else is computed again
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -178,19 +179,37 @@ class EpiloguePlan:
         self._epilogue, self.is_open = NOTHING, False
 
 
-@dataclasses.dataclass(eq=False)
 class LayerRun:
     """One forward of a layer: its output and what was done to it, and how to get it with less done."""
 
-    name: str
-    plan: EpiloguePlan
-    epilogue: Epilogue
-    value: torch.Tensor
-    images: torch.Tensor
-    again: Callable[[Epilogue], torch.Tensor]
+    def __init__(
+        self,
+        name: str,
+        plan: EpiloguePlan,
+        epilogue: Epilogue,
+        value: torch.Tensor,
+        images: torch.Tensor,
+        again: Callable[[torch.Tensor, Epilogue], torch.Tensor],
+    ) -> None:
+        self.name = name
+        self.plan = plan
+        self.epilogue = epilogue
+        self.value = value
+        self._images: torch.Tensor | None = images
+        self._version = _version(images)
+        self._again = again
 
-    def __post_init__(self) -> None:
-        self._version = _version(self.images)
+    def after(self, epilogue: Epilogue, value: torch.Tensor | None) -> LayerRun:
+        """Return this run for an output after some of the epilogue, holding no tensor that it can do without.
+
+        With its value known, or after all of the epilogue, the layer's input may go.
+        """
+        if value is None and epilogue != self.epilogue:
+            return self
+        run = copy.copy(self)
+        run._images = None
+        run.value = self.value if value is None else value
+        return run
 
     def output(self, epilogue: Epilogue) -> torch.Tensor:
         """Return the output after some of the epilogue; computed again if more has been done to it.
@@ -203,12 +222,13 @@ class LayerRun:
         if epilogue == self.epilogue:
             return self.value
         self.plan.give_up()
-        if self._version is None or self._version != _version(self.images):
+        assert self._images is not None
+        if self._version is None or self._version != _version(self._images):
             raise OperandError(
                 f"layer {self.name!r}: its output is used otherwise than in the last forward, and its input "
                 "may have changed since; run the forward again, or attach with fuse=False"
             )
-        return self.again(epilogue)
+        return self._again(self._images, epilogue)
 
 
 def _version(x: torch.Tensor) -> int | None:
@@ -232,6 +252,7 @@ class GuardedOutput(torch.Tensor):
         cls, run: LayerRun, done: Epilogue = NOTHING, plain: torch.Tensor | None = None
     ) -> GuardedOutput:
         """Make a tensor of the output's shape that has no memory of its own."""
+        run = run.after(done, plain)
         like = run.value
         made: GuardedOutput = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device

@@ -162,7 +162,7 @@ class HookedLayer:
             self._compare(y, exact)
         self._fill_captures(captures, images)
         if is_guarded:
-            again = functools.partial(self._run, images, self.threads, False)
+            again = functools.partial(self._run_again, threads=self.threads)
             return GuardedOutput(LayerRun(self.name, self._plan, epilogue, y, images, again))
         result = self._from_images(y, x)
         wanting = [t for t in (x, self.module.weight, self.module.bias) if t is not None and t.requires_grad]
@@ -224,6 +224,9 @@ class HookedLayer:
             assert result.counters is not None
             self._count(result.counters, images.shape[0], out_size)
         return y
+
+    def _run_again(self, images: torch.Tensor, epilogue: Epilogue, threads: int) -> torch.Tensor:
+        return self._run(images, threads, count=False, epilogue=epilogue)
 
     def _count(self, counters: Any, image_count: int, out_size: tuple[int, int]) -> None:
         m, n, k = out_size[0] * out_size[1], self.geometry.gemm_n, self.geometry.gemm_k
