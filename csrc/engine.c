@@ -725,6 +725,7 @@ bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, 
     }
     for (int i = 0; i < TIMES; i++)
         outcome->nanoseconds[i] += shared.nanoseconds[i];
+    is_ready = is_ready && seen_settle(&layer->shape, source, &shared.seen);
     outcome->saw_nonfinite |= shared.seen.nonfinite;
     outcome->saw_negative |= shared.seen.negative;
     bool is_done = is_ready && !shared.is_out_of_memory;

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "program.h"
+#include "seen.h"
 #include "tally.h"
 
 #include <stdatomic.h>
@@ -120,10 +121,6 @@ typedef struct {
 static inline const int32_t *stored_sums(const StoreArguments *store, int channel) {
     return store->acc[channel / BLOCK][channel % BLOCK];
 }
-
-typedef struct {
-    bool nonfinite, negative;
-} Seen;
 
 /* How activations become bytes. */
 typedef struct {

@@ -159,6 +159,37 @@ def test_nonfinite_and_negative_inputs_are_reported(path, layout):
     np.testing.assert_array_equal(negative.y, conv.forward(np.maximum(x, 0), 1.0, ones).y)
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "scalar"])
+@settings(max_examples=100, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kernel=st.sampled_from([(1, 1), (2, 2), (3, 3), (1, 3)]),
+    stride=st.sampled_from([(1, 1), (2, 2), (3, 2), (4, 4)]),
+    padding=st.sampled_from([((0, 0), (0, 0)), ((1, 1), (1, 1)), ((0, 3), (2, 0))]),
+    dilation=st.sampled_from([(1, 1), (2, 3)]),
+    channels=st.sampled_from([3, 4]),
+    layout=st.sampled_from(["nchw", "nhwc"]),
+    values=st.lists(st.sampled_from([np.nan, -1.0, -np.inf, np.inf]), min_size=1, max_size=2),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_only_pixels_that_are_read_are_reported(
+    path, size, kernel, stride, padding, dilation, channels, layout, values, seed
+):
+    rng = np.random.default_rng(seed)
+    x = images(rng, (2, 2 * channels, *size), False, layout)
+    for value in values:
+        x[tuple(rng.integers(0, x.shape))] = value
+    seen = []
+    for one in (path, "scalar"):
+        conv = PackedConv(
+            np.ones((2, channels, *kernel), np.int8), ArrayConfig(threads=4), groups=2, path=one,
+            stride=stride, padding=padding, dilation=dilation,
+        )  # fmt: skip
+        result = conv.forward(x, 1.0, np.ones(2, np.float32))
+        seen.append((result.saw_nonfinite, result.saw_negative))
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_empty_shapes(path):
     ones = np.ones(2, np.float32)
