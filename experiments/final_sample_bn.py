@@ -23,8 +23,10 @@ import typer
 from experiment import Out, Quick, markdown, percent, signed
 from small_trainings import (
     Data,
+    Epochs,
     Images,
     SmallPreset,
+    TrainingImages,
     finish,
     learn,
     open_images,
@@ -93,12 +95,8 @@ def final_sample_bn(
     statistics: Annotated[str | None, _list_option("BatchNorm statistics", STATISTICS)] = None,
     schedules: Annotated[str | None, _list_option("Learning rate", SCHEDULES)] = None,
     runs: Annotated[int, typer.Option(help="Trainings of each, seeds 0, 1, ...", min=1)] = 2,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training images.", min=1, show_default="30")
-    ] = None,
-    images: Annotated[
-        int | None, typer.Option(help="Training images.", min=2, show_default="all; 5,000 of the preset")
-    ] = None,
+    epochs: Epochs = None,
+    images: TrainingImages = None,
     width: Annotated[
         int | None, typer.Option(help="Channels of the first convolution.", min=1, show_default="16")
     ] = None,

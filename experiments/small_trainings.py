@@ -35,6 +35,12 @@ SmallPreset = Annotated[
         metavar="NAME",
     ),
 ]
+Epochs = Annotated[
+    int | None, typer.Option(help="Passes over the training images.", min=1, show_default="30")
+]
+TrainingImages = Annotated[
+    int | None, typer.Option(help="Training images.", min=2, show_default="all; 5,000 of the preset")
+]
 TEST_BATCH = 250
 
 

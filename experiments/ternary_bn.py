@@ -24,8 +24,10 @@ import typer
 from experiment import Out, Quick, markdown, percent
 from small_trainings import (
     Data,
+    Epochs,
     Images,
     SmallPreset,
+    TrainingImages,
     finish,
     learn,
     open_images,
@@ -119,12 +121,8 @@ def ternary_bn(
         typer.Option(help=f"A list of {', '.join(NETWORKS)}.", metavar="LIST", show_default="all"),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Trainings of each, seeds 0, 1, ...", min=1)] = 1,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training images.", min=1, show_default="30")
-    ] = None,
-    images: Annotated[
-        int | None, typer.Option(help="Training images.", min=2, show_default="all; 5,000 of the preset")
-    ] = None,
+    epochs: Epochs = None,
+    images: TrainingImages = None,
     batch_size: Annotated[int, typer.Option(help="Images of a batch; the paper's have 100.", min=2)] = 50,
     lr: Annotated[float, typer.Option(help="Learning rate, at first.")] = 0.1,
     scaled: Annotated[
