@@ -19,7 +19,7 @@ typedef struct {
     Geometry geometry;
     PlaneMasks *masks;
     uint32_t *step_offset; /* (steps): positions from a tile's own to its operands */
-    bool needs_crowded, can_overflow;
+    bool can_overflow;
     bool is_timed;
     bool count;
     Regions regions; /* if counted */
@@ -36,7 +36,7 @@ typedef struct Workspace {
     struct Workspace *next;
     uint8_t *stage, *raw;
     uint32_t *planes[2]; /* the second: what the ninth bit holds */
-    uint8_t *crowded;
+    uint16_t *flags;
     int32_t (*acc)[BLOCK][TILE]; /* (blocks, tiles) */
     int64_t *counts;             /* of all jobs that used this workspace */
     Events events;
@@ -76,7 +76,7 @@ static void workspace_release(Workspace *workspace) {
     buffer_give(workspace->raw);
     buffer_give(workspace->planes[0]);
     buffer_give(workspace->planes[1]);
-    buffer_give(workspace->crowded);
+    buffer_give(workspace->flags);
     buffer_give(workspace->acc);
     buffer_give(workspace->counts);
     buffer_give(workspace->events.list);
@@ -102,9 +102,9 @@ static Workspace *workspace_make(const Shared *shared) {
     int64_t tiles = tiles_of(geometry->rows_per_job * geometry->pitch);
     workspace->acc = allocate((size_t)(shared->layer->blocks * tiles) * sizeof *workspace->acc);
     bool is_complete = workspace->stage && workspace->raw && workspace->planes[0] && workspace->acc;
-    if (shared->needs_crowded) {
-        workspace->crowded = allocate((size_t)(CROWDS * plane_stride(shared)));
-        is_complete &= workspace->crowded != NULL;
+    if (shared->layer->has_contests) {
+        workspace->flags = allocate((size_t)plane_stride(shared) * sizeof *workspace->flags);
+        is_complete &= workspace->flags != NULL;
     }
     if (shared->count) {
         size_t bytes = (size_t)counts_length(&shared->regions, shared->layer) * sizeof *workspace->counts;
@@ -216,9 +216,8 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
                                   .out = workspace->planes[is_excess] + at,
                                   .plane_stride = plane_stride(shared),
                                   .word_stride = geometry->stride,
-                                  .crowded =
-                                      shared->needs_crowded && !is_excess ? workspace->crowded + at : NULL,
-                                  .crowds = is_excess ? 0 : layer->crowds,
+                                  .flags = layer->has_contests && !is_excess ? workspace->flags + at : NULL,
+                                  .flags_of = layer->flags_of,
                                   .events = shared->can_overflow && !is_excess ? &workspace->events : NULL,
                                   .phase = phase,
                                   .quad = (int32_t)of_layer};
@@ -429,25 +428,37 @@ static void start_sums(const Job *job, int64_t block, int32_t acc[BLOCK][TILE]) 
     }
 }
 
+/* What a block's dense streams are in this chunk. */
+static void find_streams(const Job *job, int64_t block, Stream streams[STREAMS]) {
+    const Layer *layer = job->shared->layer;
+    int64_t in_layer = job->group * layer->blocks + block;
+    if (layer->has_contests) {
+        const Start *start = layer->starts + (in_layer * layer->chunks + job->chunk) * STREAMS;
+        for (int kind = 0; kind < STREAMS; kind++)
+            streams[kind] = (Stream){layer->order + start[kind].step, start[kind + 1].step - start[kind].step,
+                                     layer->dense + start[kind].word};
+        return;
+    }
+    int64_t step = first_step(layer, job->chunk), words = form_words(layer->form, false) * BLOCK;
+    streams[0] = (Stream){layer->order + step, steps_of_chunk(layer, job->chunk),
+                          layer->dense + (in_layer * layer->steps + step) * words};
+}
+
 /* The chunk's products for channel blocks first..end-1. */
 static void job_multiply(const Job *job, int64_t first, int64_t end) {
     const Shared *shared = job->shared;
     const Layer *layer = shared->layer;
     const Workspace *workspace = job->workspace;
-    int64_t tiles = job_tiles(job), step = first_step(layer, job->chunk);
+    int64_t tiles = job_tiles(job);
     for (int64_t block = first; block < end; block++) {
-        int64_t in_layer = job->group * layer->blocks + block;
         int64_t channel = job->group * layer->shape.n + block * BLOCK;
-        MultiplyArguments multiply = {
-            .plane_stride = plane_stride(shared),
-            .step_offset = shared->step_offset,
-            .layer = layer,
-            .first_step = step,
-            .steps = steps_of_chunk(layer, job->chunk),
-            .dense = layer->dense + (in_layer * layer->steps + step) * form_words(layer->form) * BLOCK,
-            .first_entry = layer->first_entry + channel * layer->chunks + job->chunk,
-            .first_blend = layer->first_blend + channel * layer->chunks + job->chunk,
-            .channels = channels_of(layer, block)};
+        MultiplyArguments multiply = {.plane_stride = plane_stride(shared),
+                                      .step_offset = shared->step_offset,
+                                      .layer = layer,
+                                      .first_entry =
+                                          layer->first_entry + channel * layer->chunks + job->chunk,
+                                      .channels = channels_of(layer, block)};
+        find_streams(job, block, multiply.streams);
         for (int64_t tile = 0; tile < tiles; tile++) {
             multiply.acc = workspace->acc[block * tiles + tile];
             multiply.positions = positions_of(job, tile);
@@ -455,7 +466,7 @@ static void job_multiply(const Job *job, int64_t first, int64_t end) {
                 start_sums(job, block, multiply.acc);
             for (int pass = 0; pass <= job->has_excess; pass++) {
                 multiply.planes = workspace->planes[pass] + tile * TILE;
-                multiply.crowded = shared->needs_crowded ? workspace->crowded + tile * TILE : NULL;
+                multiply.flags = layer->has_contests ? workspace->flags + tile * TILE : NULL;
                 shared->ops->multiply(&multiply);
             }
         }
@@ -655,7 +666,6 @@ static bool prepare(Shared *shared) {
         shared->masks[i] = mask_plane(&layer->planes[i]);
         reduces |= shared->masks[i].uses[REDUCED];
     }
-    shared->needs_crowded = layer->crowds != 0;
     shared->can_overflow = layer->raw && reduces;
     int words = words_per_quad(layer);
     uint32_t *offset = shared->step_offset;

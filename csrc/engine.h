@@ -45,11 +45,9 @@ typedef struct {
     bool is_excess; /* pack what the ninth bit holds instead: 1 where a reduced value is one short */
     uint32_t *out;  /* plane p at out + p * plane_stride; second word of the quad at + word_stride */
     int64_t plane_stride, word_stride;
-    /* For weight pattern i of CROWD_PATTERNS, if bit i of crowds is set: 255 where three or more of its
-     * activations are non-zero, at crowded + i * plane_stride. */
-    uint8_t *crowded;
-    unsigned crowds;
-    Events *events; /* NULL if not needed */
+    uint16_t *flags;          /* of the first word, then at + word_stride; NULL if not needed */
+    const uint32_t *flags_of; /* (PATTERNS) */
+    Events *events;           /* NULL if not needed */
     int32_t phase, quad;
 } PackArguments;
 
@@ -81,17 +79,22 @@ typedef struct {
     Tally *tally; /* added to */
 } FoldArguments;
 
+/* Steps of a block of channels, and their words. */
+typedef struct {
+    const uint32_t *order;
+    int64_t steps;
+    const uint32_t *words;
+} Stream;
+
 /* One block of channels times one tile of positions, added to acc. */
 typedef struct {
     const uint32_t *planes; /* at the tile's first position */
     int64_t plane_stride;
-    const uint8_t *crowded;      /* likewise */
+    const uint16_t *flags;       /* likewise */
     const uint32_t *step_offset; /* positions, by step of the layer */
     const Layer *layer;
-    int64_t first_step, steps;  /* of the chunk */
-    const uint32_t *dense;      /* of this block and chunk */
+    Stream streams[STREAMS];    /* of this block and chunk; the second: mixed contests */
     const int64_t *first_entry; /* of its first channel, this chunk; a channel further: + chunks */
-    const int64_t *first_blend; /* likewise */
     int channels;               /* 1..BLOCK */
     int positions;              /* 1..TILE */
     int32_t (*acc)[TILE];       /* (BLOCK, TILE) */

@@ -225,18 +225,10 @@ INLINE __m256i plane_word(const PlaneMasks *plane, __m256i patterns, __m256i exa
     return value;
 }
 
-/* By weight pattern of CROWD_PATTERNS and activation pattern: 255 where three or more threads are active. */
-static const uint32_t CROWDED[CROWDS][PATTERNS] = {
-    {[7] = 255, [15] = 255},
-    {[11] = 255, [15] = 255},
-    {[13] = 255, [15] = 255},
-    {[14] = 255, [15] = 255},
-    {[7] = 255, [11] = 255, [13] = 255, [14] = 255, [15] = 255}};
-
-INLINE uint64_t crowded_bytes(__m256i patterns, int crowd) {
-    __m256i bytes = _mm256_shuffle_epi8(look_up(CROWDED[crowd], patterns), _mm256_set1_epi32(0x0C080400));
-    uint32_t low = (uint32_t)_mm256_extract_epi32(bytes, 0), high = (uint32_t)_mm256_extract_epi32(bytes, 4);
-    return low | (uint64_t)high << 32;
+/* The flags of 8 positions. */
+INLINE __m128i look_up_flags(const uint32_t flags_of[PATTERNS], __m256i patterns) {
+    __m256i flags = look_up(flags_of, patterns);
+    return _mm_packus_epi32(_mm256_castsi256_si128(flags), _mm256_extracti128_si256(flags, 1));
 }
 
 static void pack(const PackArguments *pack) {
@@ -247,13 +239,9 @@ static void pack(const PackArguments *pack) {
         for (int part = 0; part < 4; part++) {
             int64_t here = at + part * LANES;
             __m256i patterns = nonzero_pattern(quads[part]);
-            for (unsigned left = pack->crowds; left; left &= left - 1) {
-                int crowd = __builtin_ctz(left);
-                uint64_t bytes = crowded_bytes(patterns, crowd);
-                uint8_t *to = pack->crowded + crowd * pack->plane_stride + here;
-                memcpy(to, &bytes, sizeof bytes);
-                memcpy(to + pack->word_stride, &bytes, sizeof bytes);
-            }
+            for (int word = 0; pack->flags && word < WORDS; word++)
+                _mm_storeu_si128((__m128i *)(pack->flags + word * pack->word_stride + here),
+                                 look_up_flags(pack->flags_of, patterns));
             for (int word = 0; word < WORDS; word++) {
                 __m256i exact = widen(quads[part], word, rule->is_signed);
                 __m256i reduced = reduce_words(exact, rule), is_wide = wide_mask(exact, rule->is_signed);
@@ -306,43 +294,60 @@ INLINE __m256i load_plane(const uint32_t *plane) {
     return _mm256_loadu_si256((const __m256i *)plane);
 }
 
-/* The dense stream: `vectors` x 4 accumulators of half a block stay in registers over all steps. */
-INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, int first, int64_t at, const int vectors,
-                           const Form form) {
+/* Where 8 positions do not raise a flag. */
+INLINE __m256i unflagged(__m256i flags, __m256i flag) {
+    return _mm256_cmpeq_epi32(_mm256_and_si256(flags, flag), _mm256_setzero_si256());
+}
+
+/* A dense stream: `vectors` x 4 accumulators of half a block stay in registers over all steps. */
+INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stream, int first, int64_t at,
+                           const int vectors, const Form form, const bool spares) {
     enum { HALF = BLOCK / 2 };
     const Layer *layer = multiply->layer;
-    const int words = form == FORM_PLAIN ? 1 : form == FORM_SELECT_BLEND ? 3 : 2;
-    const bool selects = form == FORM_SELECT || form == FORM_SELECT_BLEND;
-    const bool blends = form == FORM_BLEND || form == FORM_SELECT_BLEND;
+    const int words = form_words(form, spares);
+    const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
+    const bool contests = form == FORM_FULL || form == FORM_MIXED;
     const uint32_t *planes = multiply->planes + at;
-    const uint32_t *plane0 = planes + layer->dense_plane[0] * multiply->plane_stride;
-    const uint32_t *plane1 = planes + layer->dense_plane[1] * multiply->plane_stride;
-    const uint8_t *crowd = blends ? multiply->crowded + FULL_CROWD * multiply->plane_stride + at : NULL;
-    const uint32_t *word = multiply->dense + first;
+    const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
+    const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
+    const uint16_t *flags = contests ? multiply->flags + at : NULL;
+    const __m256i three_of_four = _mm256_set1_epi32(THREE_FLAG[15]);
+    const uint32_t *word = stream->words + first;
     __m256i acc[HALF][2];
     UNROLL for (int c = 0; c < HALF; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
         load_acc(&multiply->acc[first + c][at + v * LANES]);
-    const uint32_t *offsets = multiply->step_offset + multiply->first_step;
-    for (int64_t step = 0; step < multiply->steps; step++, word += words * BLOCK) {
-        int64_t offset = offsets[step];
-        __m256i a0[2], a1[2], crowded[2];
+    for (int64_t i = 0; i < stream->steps; i++, word += words * BLOCK) {
+        int64_t offset = multiply->step_offset[stream->order[i]];
+        __m256i a0[2], a1[2], raised[2], sparse[2];
         UNROLL for (int v = 0; v < vectors; v++) {
             a0[v] = load_plane(plane0 + offset + v * LANES);
-            if (selects)
+            if (selects || form == FORM_MIXED)
                 a1[v] = load_plane(plane1 + offset + v * LANES);
-            if (blends)
-                crowded[v] =
-                    _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(crowd + offset + v * LANES)));
+            if (contests)
+                raised[v] =
+                    _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(flags + offset + v * LANES)));
+            if (form == FORM_FULL)
+                sparse[v] = unflagged(raised[v], three_of_four);
         }
         UNROLL for (int c = 0; c < HALF; c++) {
-            __m256i w = load_word(word + c), w4 = w, mask = w;
-            if (blends)
+            __m256i w = load_word(word + c), w4 = w, mask = w, two = w, three = w;
+            if (contests)
                 w4 = load_word(word + BLOCK + c);
-            if (selects)
+            if (form == FORM_MIXED) {
+                two = load_word(word + 2 * BLOCK + c);
+                three = load_word(word + 3 * BLOCK + c);
+            }
+            if (selects || spares)
                 mask = load_word(word + (words - 1) * BLOCK + c);
             UNROLL for (int v = 0; v < vectors; v++) {
                 __m256i a = selects ? _mm256_blendv_epi8(a0[v], a1[v], mask) : a0[v];
-                __m256i b = blends ? _mm256_blendv_epi8(w, w4, crowded[v]) : w;
+                if (form == FORM_MIXED) {
+                    sparse[v] = unflagged(raised[v], three);
+                    __m256i met = spares ? _mm256_blendv_epi8(a, a1[v], mask) : a1[v];
+                    a = _mm256_blendv_epi8(met, a, unflagged(raised[v], two));
+                    a = spares ? _mm256_blendv_epi8(a1[v], a, sparse[v]) : a;
+                }
+                __m256i b = contests ? _mm256_blendv_epi8(w4, w, sparse[v]) : w;
                 acc[c][v] = _mm256_add_epi32(acc[c][v], _mm256_madd_epi16(a, b));
             }
         }
@@ -351,13 +356,14 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, int first, int64_t
         _mm256_store_si256((__m256i *)&multiply->acc[first + c][at + v * LANES], acc[c][v]);
 }
 
-INLINE void multiply_dense(const MultiplyArguments *multiply, const Form form) {
+INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, const Form form,
+                            const bool spares) {
     for (int first = 0; first < BLOCK; first += BLOCK / 2) {
         int at = 0;
         for (; at + LANES < multiply->positions; at += 2 * LANES)
-            gemm_s16s16s32(multiply, first, at, 2, form);
+            gemm_s16s16s32(multiply, stream, first, at, 2, form, spares);
         if (at < multiply->positions)
-            gemm_s16s16s32(multiply, first, at, 1, form);
+            gemm_s16s16s32(multiply, stream, first, at, 1, form, spares);
     }
 }
 
@@ -375,28 +381,13 @@ INLINE void spmv_s16s16s32(const MultiplyArguments *multiply, int channel, int a
         UNROLL for (int v = 0; v < vectors; v++) acc[v] =
             _mm256_add_epi32(acc[v], _mm256_madd_epi16(load_plane(a + v * LANES), w));
     }
-    const int64_t *first_blend = multiply->first_blend + channel * multiply->layer->chunks;
-    const Blend *blend = multiply->layer->blends + first_blend[0];
-    const Blend *last = multiply->layer->blends + first_blend[1];
-    for (; blend < last; blend++) {
-        int64_t offset = multiply->step_offset[blend->where & ((1u << STEP_BITS) - 1)];
-        const uint32_t *a = planes + (blend->where >> STEP_BITS) * multiply->plane_stride + offset;
-        const uint8_t *crowd = multiply->crowded + blend->crowd * multiply->plane_stride + at + offset;
-        __m256i w = load_word(&blend->word), w4 = load_word(&blend->word4);
-        UNROLL for (int v = 0; v < vectors; v++) {
-            __m256i crowded = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(crowd + v * LANES)));
-            __m256i met = _mm256_blendv_epi8(w, w4, crowded);
-            acc[v] = _mm256_add_epi32(acc[v], _mm256_madd_epi16(load_plane(a + v * LANES), met));
-        }
-    }
     UNROLL for (int v = 0; v < vectors; v++)
         _mm256_store_si256((__m256i *)&multiply->acc[channel][at + v * LANES], acc[v]);
 }
 
 static void multiply_entries(const MultiplyArguments *multiply, int channel) {
     const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
-    const int64_t *blends = multiply->first_blend + channel * multiply->layer->chunks;
-    if (first[0] == first[1] && blends[0] == blends[1])
+    if (first[0] == first[1])
         return;
     int vectors = (multiply->positions + LANES - 1) / LANES, at = 0;
     for (; vectors >= 8; vectors -= 8, at += 8 * LANES)
@@ -408,18 +399,24 @@ static void multiply_entries(const MultiplyArguments *multiply, int channel) {
 }
 
 static void multiply(const MultiplyArguments *multiply) {
+    const Stream *streams = multiply->streams;
+    const bool spares = multiply->layer->rule.needs_both;
     switch (multiply->layer->form) {
     case FORM_PLAIN:
-        multiply_dense(multiply, FORM_PLAIN);
+        multiply_stream(multiply, streams, FORM_PLAIN, false);
         break;
     case FORM_SELECT:
-        multiply_dense(multiply, FORM_SELECT);
+        multiply_stream(multiply, streams, FORM_SELECT, false);
         break;
-    case FORM_BLEND:
-        multiply_dense(multiply, FORM_BLEND);
-        break;
-    case FORM_SELECT_BLEND:
-        multiply_dense(multiply, FORM_SELECT_BLEND);
+    case FORM_FULL:
+    case FORM_MIXED:
+        if (spares) {
+            multiply_stream(multiply, &streams[0], FORM_FULL, true);
+            multiply_stream(multiply, &streams[1], FORM_MIXED, true);
+        } else {
+            multiply_stream(multiply, &streams[0], FORM_FULL, false);
+            multiply_stream(multiply, &streams[1], FORM_MIXED, false);
+        }
         break;
     case FORM_NONE:
         break;

@@ -268,15 +268,6 @@ INLINE __m512i chosen(const PlaneMasks *plane, Code code, __m512i patterns, __m5
                             _mm512_permutexvar_epi32(patterns, _mm512_loadu_si512(plane->masks[code])));
 }
 
-/* By weight pattern of CROWD_PATTERNS and activation pattern: whether three or more threads are active. */
-static const struct {
-    _Alignas(64) int32_t of_pattern[CROWDS][PATTERNS];
-} CROWDED = {{{[7] = -1, [15] = -1},
-              {[11] = -1, [15] = -1},
-              {[13] = -1, [15] = -1},
-              {[14] = -1, [15] = -1},
-              {[7] = -1, [11] = -1, [13] = -1, [14] = -1, [15] = -1}}};
-
 static void pack(const PackArguments *pack) {
     const SlotRule *rule = pack->rule;
     const __m512i bias = _mm512_set1_epi8((char)(rule->is_signed && !pack->is_excess ? 0x80 : 0));
@@ -307,13 +298,10 @@ static void pack(const PackArguments *pack) {
                 reduced = _mm512_maskz_set1_epi8(overflowing_bytes(exact, rule->is_signed), 1);
                 exact = narrow = wide = _mm512_setzero_si512();
             }
-            for (unsigned left = pack->crowds; left; left &= left - 1) {
-                int crowd = __builtin_ctz(left);
-                __m512i is_crowded =
-                    _mm512_permutexvar_epi32(patterns, _mm512_load_si512(CROWDED.of_pattern[crowd]));
-                _mm_storeu_si128((__m128i *)(pack->crowded + crowd * pack->plane_stride + here),
-                                 _mm512_cvtepi32_epi8(is_crowded));
-            }
+            if (pack->flags)
+                _mm256_storeu_si256((__m256i *)(pack->flags + here),
+                                    _mm512_cvtepi32_epi16(_mm512_permutexvar_epi32(
+                                        patterns, _mm512_loadu_si512(pack->flags_of))));
             for (int p = 0; p < pack->plane_count; p++) {
                 const PlaneMasks *plane = &pack->planes[p];
                 __m512i value = exact;
@@ -354,44 +342,94 @@ INLINE __m512i in_register(__m512i value) {
     return value;
 }
 
-/* The dense stream: `vectors` x BLOCK accumulators stay in registers over all steps. */
-INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, int64_t at, const int vectors, const Form form) {
+enum {
+    SELECT = 0xCA,      /* for ternary logic: A ? B : C */
+    STRIP_WORDS = 4096, /* of a dense stream that are applied to all positions of a tile in turn */
+    FEW = 4,            /* positions that are multiplied together where lanes are channels */
+};
+
+/* Which of 16 positions raise a flag, given in both halves of every word. */
+INLINE __mmask16 flagged(__m256i flags, __m256i flag) {
+    return _mm256_test_epi16_mask(flags, flag);
+}
+
+/* Ask for what a step ahead will read: contests skip steps, so that the hardware does not foresee it. And,
+ * for the first positions only, for words of the next strip. */
+INLINE void prefetch_contests(const MultiplyArguments *multiply, uint32_t step, const uint32_t *word,
+                              int64_t at, const int vectors, const Form form, const bool spares) {
+    const int words = form_words(form, spares);
+    const bool has_two = spares || form == FORM_MIXED;
+    const uint32_t *planes = multiply->planes + multiply->step_offset[step] + at;
+    UNROLL for (int v = 0; v < vectors; v++) {
+        _mm_prefetch(planes + dense_plane(multiply->layer, form, 0) * multiply->plane_stride + v * LANES,
+                     _MM_HINT_T0);
+        if (has_two)
+            _mm_prefetch(planes + dense_plane(multiply->layer, form, 1) * multiply->plane_stride + v * LANES,
+                         _MM_HINT_T0);
+    }
+    _mm_prefetch(multiply->flags + multiply->step_offset[step] + at, _MM_HINT_T0);
+    if (at == 0)
+        UNROLL for (int line = 0; line < (words + 1) / 2; line++)
+            _mm_prefetch(word + STRIP_WORDS + 2 * line * BLOCK, _MM_HINT_T1);
+}
+
+/* A dense stream: `vectors` x BLOCK accumulators stay in registers over all steps. */
+INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, const Stream *stream, int64_t at,
+                         const int vectors, const Form form, const bool spares) {
     const Layer *layer = multiply->layer;
-    const int words = form == FORM_PLAIN ? 1 : form == FORM_SELECT_BLEND ? 3 : 2;
-    const bool selects = form == FORM_SELECT || form == FORM_SELECT_BLEND;
-    const bool blends = form == FORM_BLEND || form == FORM_SELECT_BLEND;
+    const int words = form_words(form, spares);
+    const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
+    const bool contests = form == FORM_FULL || form == FORM_MIXED;
     const uint32_t *planes = multiply->planes + at;
-    const uint32_t *plane0 = planes + layer->dense_plane[0] * multiply->plane_stride;
-    const uint32_t *plane1 = planes + layer->dense_plane[1] * multiply->plane_stride;
-    const uint8_t *crowd = blends ? multiply->crowded + FULL_CROWD * multiply->plane_stride + at : NULL;
-    const uint32_t *word = multiply->dense;
+    const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
+    const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
+    const uint16_t *flags = contests ? multiply->flags + at : NULL;
+    const __m256i three_of_four = _mm256_set1_epi16((int16_t)THREE_FLAG[15]);
+    const uint32_t *word = stream->words;
     __m512i acc[BLOCK][2];
     UNROLL for (int c = 0; c < BLOCK; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
         _mm512_load_si512(&multiply->acc[c][at + v * LANES]);
-    const uint32_t *offsets = multiply->step_offset + multiply->first_step;
-    for (int64_t step = 0; step < multiply->steps; step++, word += words * BLOCK) {
-        int64_t offset = offsets[step];
+    for (int64_t i = 0; i < stream->steps; i++, word += words * BLOCK) {
+        int64_t offset = multiply->step_offset[stream->order[i]];
+        if (contests)
+            prefetch_contests(multiply, stream->order[i + AHEAD], word, at, vectors, form, spares);
         __m512i a0[2], a1[2];
+        __m256i raised[2];
         __mmask16 crowded[2] = {0, 0};
         UNROLL for (int v = 0; v < vectors; v++) {
             a0[v] = _mm512_loadu_si512(plane0 + offset + v * LANES);
-            if (selects)
+            if (selects || form == FORM_MIXED)
                 a1[v] = _mm512_loadu_si512(plane1 + offset + v * LANES);
-            if (blends)
-                crowded[v] = _mm_movepi8_mask(_mm_loadu_si128((const __m128i *)(crowd + offset + v * LANES)));
+            if (contests)
+                raised[v] = _mm256_loadu_si256((const __m256i *)(flags + offset + v * LANES));
+            if (form == FORM_FULL)
+                crowded[v] = flagged(raised[v], three_of_four);
         }
         UNROLL for (int c = 0; c < BLOCK; c++) {
-            __m512i w = in_register(_mm512_set1_epi32((int)word[c])), w4 = w;
-            if (blends)
+            __m512i w = in_register(_mm512_set1_epi32((int)word[c])), w4 = w, mask = w;
+            __m256i two, three;
+            if (contests)
                 w4 = in_register(_mm512_set1_epi32((int)word[BLOCK + c]));
+            if (form == FORM_MIXED) {
+                two = _mm256_set1_epi32((int)word[2 * BLOCK + c]);
+                three = _mm256_set1_epi32((int)word[3 * BLOCK + c]);
+                mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * BLOCK + c]));
+            }
             UNROLL for (int v = 0; v < vectors; v++) {
-                enum { SELECT = 0xCA }; /* A ? B : C */
                 __m512i a = a0[v];
                 if (selects) { /* loaded for every v: the mask's register becomes the result's */
-                    __m512i mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * BLOCK + c]));
+                    mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * BLOCK + c]));
                     a = _mm512_ternarylogic_epi32(mask, a1[v], a0[v], SELECT);
                 }
-                __m512i b = blends ? _mm512_mask_blend_epi32(crowded[v], w, w4) : w;
+                if (form == FORM_MIXED) {
+                    enum { SELECT_BY_LAST = 0xD8 }; /* C ? B : A */
+                    __mmask16 reduces = flagged(raised[v], two);
+                    crowded[v] = flagged(raised[v], three);
+                    a = spares ? _mm512_mask_ternarylogic_epi32(a, reduces, a1[v], mask, SELECT_BY_LAST)
+                               : _mm512_mask_mov_epi32(a, reduces, a1[v]);
+                    a = spares ? _mm512_mask_mov_epi32(a, crowded[v], a1[v]) : a;
+                }
+                __m512i b = contests ? _mm512_mask_blend_epi32(crowded[v], w, w4) : w;
                 acc[c][v] = _mm512_dpbusd_epi32(acc[c][v], a, b);
             }
         }
@@ -400,12 +438,83 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, int64_t at, const in
         _mm512_store_si512(&multiply->acc[c][at + v * LANES], acc[c][v]);
 }
 
-INLINE void multiply_dense(const MultiplyArguments *multiply, const Form form) {
+/* The same for the last few positions: the lanes are the block's channels, which lie side by side in the
+ * stream, so that none is idle. */
+INLINE void gemm_few_u8s8s32(const MultiplyArguments *multiply, const Stream *stream, int64_t at,
+                             const int positions, const Form form, const bool spares) {
+    const Layer *layer = multiply->layer;
+    const int words = form_words(form, spares);
+    const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
+    const bool contests = form == FORM_FULL || form == FORM_MIXED;
+    const uint32_t *planes = multiply->planes + at;
+    const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
+    const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
+    const uint16_t *flags = contests ? multiply->flags + at : NULL;
+    const __m256i *word = (const __m256i *)stream->words;
+    const __m256i three_of_four = _mm256_set1_epi16((int16_t)THREE_FLAG[15]);
+    __m256i acc[FEW];
+    UNROLL for (int i = 0; i < positions; i++) acc[i] = _mm256_setzero_si256();
+    for (int64_t step = 0; step < stream->steps; step++, word += words) {
+        int64_t offset = multiply->step_offset[stream->order[step]];
+        UNROLL for (int i = 0; i < positions; i++) {
+            __m256i a = _mm256_set1_epi32((int)plane0[offset + i]), w = word[0], met = a;
+            if (selects || form == FORM_MIXED)
+                met = _mm256_set1_epi32((int)plane1[offset + i]);
+            if (selects)
+                a = _mm256_ternarylogic_epi32(word[words - 1], met, a, SELECT);
+            __m256i raised = contests ? _mm256_set1_epi16((int16_t)flags[offset + i]) : a;
+            if (form == FORM_FULL)
+                w = _mm256_mask_mov_epi32(w, _mm256_test_epi32_mask(raised, three_of_four), word[1]);
+            if (form == FORM_MIXED) {
+                __m256i reduced = met;
+                __mmask8 crowded = _mm256_test_epi32_mask(raised, word[3]);
+                if (spares)
+                    met = _mm256_ternarylogic_epi32(word[words - 1], reduced, a, SELECT);
+                a = _mm256_mask_mov_epi32(a, _mm256_test_epi32_mask(raised, word[2]), met);
+                if (spares)
+                    a = _mm256_mask_mov_epi32(a, crowded, reduced);
+                w = _mm256_mask_mov_epi32(w, crowded, word[1]);
+            }
+            acc[i] = _mm256_dpbusd_epi32(acc[i], a, w);
+        }
+    }
+    UNROLL for (int i = 0; i < positions; i++) {
+        int32_t sums[BLOCK];
+        _mm256_storeu_si256((__m256i *)sums, acc[i]);
+        for (int c = 0; c < BLOCK; c++)
+            multiply->acc[c][at + i] += sums[c];
+    }
+}
+
+INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, const Form form,
+                           const bool spares) {
     int at = 0;
-    for (; at + LANES < multiply->positions; at += 2 * LANES)
-        gemm_u8s8s32(multiply, at, 2, form);
-    if (at < multiply->positions)
-        gemm_u8s8s32(multiply, at, 1, form);
+    for (int left = multiply->positions; left > 0; left = multiply->positions - at)
+        if (left > LANES + 1) {
+            gemm_u8s8s32(multiply, strip, at, 2, form, spares);
+            at += 2 * LANES;
+        } else if (left > FEW) {
+            gemm_u8s8s32(multiply, strip, at, 1, form, spares);
+            at += LANES;
+        } else if (left > 1) {
+            gemm_few_u8s8s32(multiply, strip, at, FEW, form, spares);
+            at += FEW;
+        } else {
+            gemm_few_u8s8s32(multiply, strip, at, 1, form, spares);
+            at++;
+        }
+}
+
+/* Strip by strip, so that words stay in the first-level cache from one group of positions to the next. */
+INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, const Form form,
+                            const bool spares) {
+    const int words = form_words(form, spares) * BLOCK;
+    for (int64_t step = 0; step < stream->steps; step += STRIP_WORDS / words) {
+        int64_t left = stream->steps - step;
+        Stream strip = {stream->order + step, left < STRIP_WORDS / words ? left : STRIP_WORDS / words,
+                        stream->words + step * words};
+        multiply_strip(multiply, &strip, form, spares);
+    }
 }
 
 /* The entries of one channel; two sets of accumulators hide the latency. */
@@ -428,32 +537,13 @@ INLINE void spmv_u8s8s32(const MultiplyArguments *multiply, int channel, int at,
             UNROLL for (int v = 0; v < vectors; v++) acc[u][v] =
                 _mm512_dpbusd_epi32(acc[u][v], _mm512_loadu_si512(a + v * LANES), w);
         }
-    const int64_t *first_blend = multiply->first_blend + channel * multiply->layer->chunks;
-    const Blend *blend = multiply->layer->blends + first_blend[0];
-    const Blend *last = multiply->layer->blends + first_blend[1];
-    for (; blend < last; blend += 2)
-        UNROLL for (int u = 0; u < 2; u++) {
-            if (u == 1 && blend + 1 == last)
-                break;
-            int64_t offset = multiply->step_offset[blend[u].where & ((1u << STEP_BITS) - 1)];
-            const uint32_t *a = planes + (blend[u].where >> STEP_BITS) * multiply->plane_stride + offset;
-            const uint8_t *crowd = multiply->crowded + blend[u].crowd * multiply->plane_stride + at + offset;
-            __m512i w = in_register(_mm512_set1_epi32((int)blend[u].word));
-            __m512i w4 = in_register(_mm512_set1_epi32((int)blend[u].word4));
-            UNROLL for (int v = 0; v < vectors; v++) {
-                __mmask16 crowded = _mm_movepi8_mask(_mm_loadu_si128((const __m128i *)(crowd + v * LANES)));
-                acc[u][v] = _mm512_dpbusd_epi32(acc[u][v], _mm512_loadu_si512(a + v * LANES),
-                                                _mm512_mask_blend_epi32(crowded, w, w4));
-            }
-        }
     UNROLL for (int v = 0; v < vectors; v++)
         _mm512_store_si512(&multiply->acc[channel][at + v * LANES], _mm512_add_epi32(acc[0][v], acc[1][v]));
 }
 
 static void multiply_entries(const MultiplyArguments *multiply, int channel) {
     const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
-    const int64_t *blends = multiply->first_blend + channel * multiply->layer->chunks;
-    if (first[0] == first[1] && blends[0] == blends[1])
+    if (first[0] == first[1])
         return;
     int vectors = (multiply->positions + LANES - 1) / LANES, at = 0;
     if (vectors == 8) {
@@ -471,18 +561,24 @@ static void multiply_entries(const MultiplyArguments *multiply, int channel) {
 }
 
 static void multiply(const MultiplyArguments *multiply) {
+    const Stream *streams = multiply->streams;
+    const bool spares = multiply->layer->rule.needs_both;
     switch (multiply->layer->form) {
     case FORM_PLAIN:
-        multiply_dense(multiply, FORM_PLAIN);
+        multiply_stream(multiply, streams, FORM_PLAIN, false);
         break;
     case FORM_SELECT:
-        multiply_dense(multiply, FORM_SELECT);
+        multiply_stream(multiply, streams, FORM_SELECT, false);
         break;
-    case FORM_BLEND:
-        multiply_dense(multiply, FORM_BLEND);
-        break;
-    case FORM_SELECT_BLEND:
-        multiply_dense(multiply, FORM_SELECT_BLEND);
+    case FORM_FULL:
+    case FORM_MIXED:
+        if (spares) {
+            multiply_stream(multiply, &streams[0], FORM_FULL, true);
+            multiply_stream(multiply, &streams[1], FORM_MIXED, true);
+        } else {
+            multiply_stream(multiply, &streams[0], FORM_FULL, false);
+            multiply_stream(multiply, &streams[1], FORM_MIXED, false);
+        }
         break;
     case FORM_NONE:
         break;

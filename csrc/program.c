@@ -163,38 +163,20 @@ static void fetch_quad(const Layer *layer, const int8_t *weights, int64_t group,
         out[byte] = channel[byte] < 0 ? 0 : row[channel[byte] * layer->taps + tap];
 }
 
-/* Four activation patterns' worth of policy fit one blended word: all weights present, activations reduced.
- */
-static bool can_blend(const SlotRule *rule, int word_operands) {
+/* Whether slots are contests: how many threads are active decides which of two activations meets which of two
+ * weights. */
+static bool has_contests(const SlotRule *rule, int word_operands) {
     return rule->threads == 4 && rule->skips_zeros && !rule->reduces_weight &&
            !(rule->is_signed && word_operands == 4);
-}
-
-/* Whether three or more threads of a blended slot can be active. */
-static bool is_crowded(const int8_t weights[QUAD]) {
-    return (weights[0] != 0) + (weights[1] != 0) + (weights[2] != 0) + (weights[3] != 0) >= 3;
-}
-
-static bool has_narrow(const int8_t weights[QUAD]) {
-    bool any = false;
-    for (int byte = 0; byte < QUAD; byte++)
-        any |= weights[byte] && !is_wide(weights[byte], true);
-    return any;
-}
-
-static bool is_dense(const int8_t weights[QUAD]) {
-    return weights[0] && weights[1] && weights[2] && weights[3];
 }
 
 /* What the forms would cost, from a first look at all quads. */
 typedef struct {
     int64_t quads, terms, of_plane[MAX_PLANES];
-    int64_t blends, terms_beside_stream, blends_beside_stream;
 } Census;
 
 static Census take_census(const Layer *layer, const int8_t *weights, PlaneSet *set) {
     Census census = {0};
-    bool blends = can_blend(&layer->rule, layer->word_operands);
     for (int64_t group = 0; group < layer->shape.groups; group++)
         for (int64_t n = 0; n < layer->shape.n; n++)
             for (int64_t tap = 0; tap < layer->taps; tap++)
@@ -202,30 +184,50 @@ static Census take_census(const Layer *layer, const int8_t *weights, PlaneSet *s
                     int8_t w[QUAD];
                     fetch_quad(layer, weights, group, n, tap, quad, w);
                     Terms terms = quad_terms(set, &layer->rule, w);
-                    if (blends && is_crowded(w)) { /* one blend, and an entry for what narrow weights spare */
-                        terms.count = layer->rule.needs_both && has_narrow(w);
-                        census.blends++;
-                        census.blends_beside_stream += !is_dense(w);
-                    }
                     census.quads++;
                     census.terms += terms.count;
                     for (int i = 0; i < terms.count; i++)
                         census.of_plane[terms.plane[i]]++;
-                    census.terms_beside_stream += is_dense(w) ? 0 : terms.count;
                 }
     return census;
 }
 
+/* Which flags an activation pattern raises. */
+static uint32_t flags_of(int activations) {
+    uint32_t flags = 0;
+    for (int weights = 0; weights < PATTERNS; weights++) {
+        int active = __builtin_popcount((unsigned)(activations & weights));
+        flags |= (uint32_t)((active >= 2 ? TWO_FLAG[weights] : 0) | (active >= 3 ? THREE_FLAG[weights] : 0));
+    }
+    return flags;
+}
+
+/* Planes of contests: the activations, exact and reduced, and what those of four weights make of them. */
+static void choose_contests(Layer *layer) {
+    const SlotRule *rule = &layer->rule;
+    for (int pattern = 0; pattern < PATTERNS; pattern++) {
+        layer->flags_of[pattern] = flags_of(pattern);
+        for (int byte = 0; byte < QUAD; byte++) {
+            layer->planes[0].code[pattern][byte] = pattern >> byte & 1 ? EXACT : ZERO;
+            layer->planes[1].code[pattern][byte] = pattern >> byte & 1 ? REDUCED : ZERO;
+        }
+    }
+    layer->form = FORM_MIXED;
+    layer->dense_plane[0] = 2;
+    layer->dense_plane[1] = 3;
+    layer->planes[2] = make_plane(rule, rule->needs_both ? WITH_EITHER_SPARED : WITH_EITHER, 15);
+    layer->planes[3] = make_plane(rule, WITH_EITHER, 15);
+    layer->plane_count = rule->needs_both ? 4 : 3;
+}
+
 /* Measured on Zen 4, in vector multiply-accumulates per step and channel. */
-static const double COST_ENTRY = 1.5, COST_BLEND_ENTRY = 2.2, COST_PLAIN = 1.0, COST_SELECT = 1.65,
-                    COST_BLEND = 1.3, COST_SELECT_BLEND = 2.1;
+static const double COST_ENTRY = 1.5, COST_PLAIN = 1.0, COST_SELECT = 1.65;
 
 static void choose_form(Layer *layer, const int8_t *weights) {
     const SlotRule *rule = &layer->rule;
     PlaneSet set = {.count = 0};
     Census census = take_census(layer, weights, &set);
-    double best = COST_ENTRY * (double)census.terms + COST_BLEND_ENTRY * (double)census.blends,
-           quads = (double)census.quads;
+    double best = COST_ENTRY * (double)census.terms, quads = (double)census.quads;
     layer->form = FORM_NONE;
     int plane = 0, second = -1;
     for (int i = 1; i < set.count; i++)
@@ -235,20 +237,12 @@ static void choose_form(Layer *layer, const int8_t *weights) {
         if (i != plane && (second < 0 || census.of_plane[i] > census.of_plane[second]))
             second = i;
     double plain = COST_PLAIN * quads + COST_ENTRY * (double)(census.terms - census.of_plane[plane]);
-    bool blends = can_blend(rule, layer->word_operands);
-    if (set.count && plain < best && !blends) {
+    if (set.count && plain < best) {
         best = plain;
         layer->form = FORM_PLAIN;
     }
-    if (rule->threads == 2 && !rule->reduces_weight && second >= 0 && COST_SELECT * quads < best) {
-        best = COST_SELECT * quads;
+    if (rule->threads == 2 && !rule->reduces_weight && second >= 0 && COST_SELECT * quads < best)
         layer->form = FORM_SELECT;
-    }
-    double blend = (rule->needs_both ? COST_SELECT_BLEND : COST_BLEND) * quads +
-                   COST_ENTRY * (double)census.terms_beside_stream +
-                   COST_BLEND_ENTRY * (double)census.blends_beside_stream;
-    if (blends && blend < best)
-        layer->form = rule->needs_both ? FORM_SELECT_BLEND : FORM_BLEND;
 
     /* The planes of the dense stream come first; the entries ask for more. */
     PlaneSet chosen = {.count = 0};
@@ -256,10 +250,6 @@ static void choose_form(Layer *layer, const int8_t *weights) {
         chosen.planes[chosen.count++] = set.planes[plane];
     if (layer->form == FORM_SELECT)
         chosen.planes[chosen.count++] = set.planes[second];
-    if (layer->form == FORM_SELECT_BLEND)
-        find_plane(&chosen, rule, WITH_EITHER_SPARED, 15);
-    if (layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND)
-        find_plane(&chosen, rule, WITH_EITHER, 15);
     memcpy(layer->planes, chosen.planes, sizeof layer->planes);
     layer->plane_count = chosen.count;
     layer->dense_plane[0] = 0;
@@ -270,7 +260,8 @@ static void choose_form(Layer *layer, const int8_t *weights) {
 typedef struct {
     Layer *layer;
     PlaneSet set;
-    int64_t entry, blend; /* next */
+    int64_t entry, step, word; /* next */
+    int64_t full_steps;
     bool is_counting;
     int32_t word_sum; /* of the current channel */
 } Writer;
@@ -298,64 +289,13 @@ static void write_entry(Writer *writer, int plane, int64_t quad_step, int16_t va
 static void write_dense(Writer *writer, uint32_t *block, int64_t quad_step, int lane, int part,
                         const int16_t values[QUAD]) {
     Layer *layer = writer->layer;
-    int halves = QUAD / layer->word_operands, words = form_words(layer->form);
+    int halves = QUAD / layer->word_operands, words = form_words(layer->form, false);
     for (int half = 0; half < halves && !writer->is_counting; half++)
         block[((quad_step * halves + half) * words + part) * BLOCK + lane] =
             encode(values, half, layer->word_operands);
 }
 
-/* A crowded slot beside the dense stream. Bytes that a narrow weight spares at c = 2 see a plane of their
- * own. */
-static void write_crowded(Writer *writer, int64_t quad_step, const int8_t w[QUAD]) {
-    Layer *layer = writer->layer;
-    const SlotRule *rule = &layer->rule;
-    int16_t exact[QUAD] = {0}, reduced[QUAD] = {0}, spared[QUAD] = {0}, rest[QUAD] = {0};
-    int pattern = slot_pattern_of(w, 0, 4), halves = QUAD / layer->word_operands;
-    uint32_t crowd = 0;
-    while (CROWD_PATTERNS[crowd] != pattern)
-        crowd++;
-    layer->crowds |= 1u << crowd;
-    for (int byte = 0; byte < QUAD; byte++) {
-        bool is_spared = rule->needs_both && !is_reducible(w[byte], true, rule);
-        exact[byte] = is_spared ? 0 : w[byte];
-        reduced[byte] = is_spared ? 0 : (int16_t)used_weight(w[byte], rule);
-        spared[byte] = is_spared ? w[byte] : 0;
-    }
-    if (spared[0] || spared[1] || spared[2] || spared[3])
-        write_entry(writer, find_plane(&writer->set, rule, WITH_EITHER_SPARED, pattern), quad_step, spared);
-    if (layer->word_operands == 4 && split_overflow(reduced, rest))
-        write_entry(writer, find_plane(&writer->set, rule, WITH_REDUCED, pattern), quad_step, rest);
-    int plane = find_plane(&writer->set, rule, WITH_EITHER, pattern);
-    for (int half = 0; half < halves; half++) {
-        uint32_t word = encode(exact, half, layer->word_operands);
-        uint32_t word4 = encode(reduced, half, layer->word_operands);
-        if (!word)
-            continue; /* then the reduced ones are zero, too */
-        if (!writer->is_counting)
-            layer->blends[writer->blend] = (Blend){
-                (uint32_t)plane << STEP_BITS | (uint32_t)(quad_step * halves + half), crowd, word, word4};
-        writer->blend++;
-    }
-}
-
-/* A dense quad under FORM_BLEND: both weights side by side; which bytes a narrow weight spares. */
-static void write_blend(Writer *writer, uint32_t *block, int64_t quad_step, int lane, const int8_t w[QUAD]) {
-    const SlotRule *rule = &writer->layer->rule;
-    int16_t exact[QUAD], reduced[QUAD], mask[QUAD], rest[QUAD];
-    for (int byte = 0; byte < QUAD; byte++) {
-        exact[byte] = w[byte];
-        reduced[byte] = (int16_t)used_weight(w[byte], rule);
-        mask[byte] = is_reducible(w[byte], true, rule) ? -1 : 0;
-    }
-    if (writer->layer->word_operands == 4 && split_overflow(reduced, rest))
-        write_entry(writer, find_plane(&writer->set, rule, WITH_REDUCED, 15), quad_step, rest);
-    write_dense(writer, block, quad_step, lane, 0, exact);
-    write_dense(writer, block, quad_step, lane, 1, reduced);
-    if (writer->layer->form == FORM_SELECT_BLEND)
-        write_dense(writer, block, quad_step, lane, 2, mask);
-}
-
-/* Any other quad: terms whose plane the dense stream has go there, the rest become entries. */
+/* A quad's terms: those whose plane the dense stream has go there, the rest become entries. */
 static void write_terms(Writer *writer, uint32_t *block, int64_t quad_step, int lane, const int8_t w[QUAD]) {
     Layer *layer = writer->layer;
     Terms terms = quad_terms(&writer->set, &layer->rule, w);
@@ -384,37 +324,118 @@ static void write_terms(Writer *writer, uint32_t *block, int64_t quad_step, int 
 
 static void write_channel(Writer *writer, const int8_t *weights, int64_t group, int64_t n) {
     Layer *layer = writer->layer;
-    bool streams = layer->form == FORM_BLEND || layer->form == FORM_SELECT_BLEND;
-    bool blends = can_blend(&layer->rule, layer->word_operands);
-    if (streams)
-        layer->crowds |= 1u << FULL_CROWD;
-    int64_t block_words = layer->steps * form_words(layer->form) * BLOCK;
+    int64_t block_words = layer->steps * form_words(layer->form, false) * BLOCK;
     uint32_t *block = layer->dense + (group * layer->blocks + n / BLOCK) * block_words;
     int64_t step = 0;
     writer->word_sum = 0;
     for (int64_t chunk = 0; chunk < layer->chunks; chunk++) {
-        if (!writer->is_counting) {
-            int64_t at = (group * layer->shape.n + n) * layer->chunks + chunk;
-            layer->first_entry[at] = writer->entry;
-            layer->first_blend[at] = writer->blend;
-        }
+        if (!writer->is_counting)
+            layer->first_entry[(group * layer->shape.n + n) * layer->chunks + chunk] = writer->entry;
         for (int64_t tap = 0; tap < layer->taps; tap++)
             for (int64_t quad = 0; quad < quads_of_chunk(layer, chunk); quad++, step++) {
                 int8_t w[QUAD];
                 fetch_quad(layer, weights, group, n, tap, chunk * layer->chunk_quads + quad, w);
-                if (streams && is_dense(w))
-                    write_blend(writer, block, step, (int)(n % BLOCK), w);
-                else if (blends && is_crowded(w))
-                    write_crowded(writer, step, w);
-                else
-                    write_terms(writer, block, step, (int)(n % BLOCK), w);
+                write_terms(writer, block, step, (int)(n % BLOCK), w);
             }
     }
 }
 
+/* ---- contests ---- */
+
+/* The slots of a block's channels at one (tap, quad). */
+typedef struct {
+    int8_t weights[BLOCK][QUAD];
+    int channels;
+    bool is_full, is_empty;
+} Slots;
+
+static Slots fetch_slots(const Layer *layer, const int8_t *weights, int64_t group, int64_t block, int64_t tap,
+                         int64_t quad) {
+    int64_t left = layer->shape.n - block * BLOCK;
+    Slots slots = {.channels = left < BLOCK ? (int)left : BLOCK, .is_full = true, .is_empty = true};
+    for (int c = 0; c < slots.channels; c++) {
+        int8_t *w = slots.weights[c];
+        fetch_quad(layer, weights, group, block * BLOCK + c, tap, quad, w);
+        slots.is_full &= w[0] && w[1] && w[2] && w[3];
+        slots.is_empty &= !w[0] && !w[1] && !w[2] && !w[3];
+    }
+    return slots;
+}
+
+/* Whether a reduced weight is +128 where words are bytes. */
+static bool has_overflow(const Layer *layer, const Slots *slots) {
+    bool any = false;
+    for (int c = 0; c < slots->channels && layer->word_operands == 4; c++)
+        for (int byte = 0; byte < QUAD; byte++)
+            any |= used_weight(slots->weights[c][byte], &layer->rule) == 128;
+    return any;
+}
+
+/* Both weights of each channel side by side, and what decides between them; `rest`: instead, what the words
+ * of reduced weights lack (see split_overflow). */
+static void write_contests(Writer *writer, int64_t quad_step, const Slots *slots, int kind, bool rest) {
+    Layer *layer = writer->layer;
+    const SlotRule *rule = &layer->rule;
+    int halves = QUAD / layer->word_operands;
+    int words = form_words(kind == FULL ? FORM_FULL : FORM_MIXED, rule->needs_both);
+    for (int half = 0; half < halves; half++) {
+        uint32_t *to = layer->dense + writer->word;
+        for (int c = 0; c < slots->channels; c++) {
+            const int8_t *w = slots->weights[c];
+            int16_t exact[QUAD] = {0}, reduced[QUAD], lacking[QUAD] = {0}, mask[QUAD];
+            for (int byte = 0; byte < QUAD; byte++) {
+                exact[byte] = rest ? 0 : w[byte];
+                reduced[byte] = (int16_t)used_weight(w[byte], rule);
+                mask[byte] = is_reducible(w[byte], true, rule) ? -1 : 0;
+            }
+            if (layer->word_operands == 4)
+                split_overflow(reduced, lacking);
+            if (writer->is_counting)
+                continue;
+            int pattern = slot_pattern_of(w, 0, QUAD);
+            to[c] = encode(exact, half, layer->word_operands);
+            to[BLOCK + c] = encode(rest ? lacking : reduced, half, layer->word_operands);
+            if (kind == MIXED) { /* in both halves, for comparisons of 16 bits */
+                to[2 * BLOCK + c] = TWO_FLAG[pattern] * 0x10001u;
+                to[3 * BLOCK + c] = THREE_FLAG[pattern] * 0x10001u;
+            }
+            if (rule->needs_both)
+                to[(words - 1) * BLOCK + c] = encode(mask, half, layer->word_operands);
+        }
+        if (!writer->is_counting)
+            layer->order[writer->step] = (uint32_t)(quad_step * halves + half);
+        writer->step++;
+        writer->full_steps += kind == FULL;
+        writer->word += words * BLOCK;
+    }
+}
+
+/* Steps at which all channels have four weights come first, the others follow. */
+static void write_block(Writer *writer, const int8_t *weights, int64_t group, int64_t block) {
+    Layer *layer = writer->layer;
+    Start *start = layer->starts + (group * layer->blocks + block) * layer->chunks * STREAMS;
+    for (int64_t chunk = 0; chunk < layer->chunks; chunk++)
+        for (int kind = 0; kind < STREAMS; kind++) {
+            if (!writer->is_counting)
+                *start++ = (Start){writer->step, writer->word};
+            int64_t step = chunk * layer->chunk_quads * layer->taps;
+            for (int64_t tap = 0; tap < layer->taps; tap++)
+                for (int64_t quad = 0; quad < quads_of_chunk(layer, chunk); quad++, step++) {
+                    Slots slots =
+                        fetch_slots(layer, weights, group, block, tap, chunk * layer->chunk_quads + quad);
+                    if (!slots.is_empty && slots.is_full == (kind == FULL))
+                        write_contests(writer, step, &slots, kind, false);
+                    if (kind == MIXED && has_overflow(layer, &slots))
+                        write_contests(writer, step, &slots, MIXED, true);
+                }
+        }
+}
+
+/* ---- writing it all ---- */
+
 /* How much one pass over the weights wrote, or would. */
 typedef struct {
-    int64_t entries, blends;
+    int64_t entries, steps, words, full_steps;
 } Written;
 
 /* One pass over the weights; also notes the planes that are in use. */
@@ -422,19 +443,27 @@ static Written write_program(Layer *layer, const int8_t *weights, bool is_counti
     Writer writer = {.layer = layer, .is_counting = is_counting};
     memcpy(writer.set.planes, layer->planes, sizeof layer->planes);
     writer.set.count = layer->plane_count;
-    int64_t channels = layer->shape.groups * layer->shape.n;
-    for (int64_t i = 0; i < channels; i++) {
+    int64_t channels = layer->shape.groups * layer->shape.n, blocks = layer->shape.groups * layer->blocks;
+    for (int64_t i = 0; i < blocks && layer->has_contests; i++)
+        write_block(&writer, weights, i / layer->blocks, i % layer->blocks);
+    for (int64_t i = 0; i < channels && !layer->has_contests; i++) {
         write_channel(&writer, weights, i / layer->shape.n, i % layer->shape.n);
         if (!is_counting)
             layer->offset[i] = is_biased(layer) ? -128 * writer.word_sum : 0;
     }
+    if (!layer->has_contests) {
+        writer.step = layer->steps;
+        writer.word = blocks * layer->steps * form_words(layer->form, false) * BLOCK;
+        for (int64_t step = 0; step < layer->steps && !is_counting; step++)
+            layer->order[step] = (uint32_t)step;
+    }
     if (!is_counting) {
         layer->first_entry[channels * layer->chunks] = writer.entry;
-        layer->first_blend[channels * layer->chunks] = writer.blend;
+        layer->starts[blocks * layer->chunks * STREAMS] = (Start){writer.step, writer.word};
     }
     memcpy(layer->planes, writer.set.planes, sizeof layer->planes);
     layer->plane_count = writer.set.count;
-    return (Written){writer.entry, writer.blend};
+    return (Written){writer.entry, writer.step, writer.word, writer.full_steps};
 }
 
 /* As many quads as keep a job's planes in the core's cache; most planes are rarely touched beside a dense
@@ -444,7 +473,8 @@ static void choose_chunks(Layer *layer) {
     const ConvShape *shape = &layer->shape;
     int64_t phases = layer->is_im2col ? 1 : shape->stride_h * shape->stride_w;
     phases = phases < layer->taps ? phases : layer->taps;
-    int64_t quad_bytes = wanted_positions(layer) * 4 * words_per_quad(layer) * layer->plane_count * phases;
+    int64_t position_bytes = (4 * layer->plane_count + 2 * layer->has_contests) * words_per_quad(layer);
+    int64_t quad_bytes = wanted_positions(layer) * position_bytes * phases;
     int64_t bytes = layer->form == FORM_NONE ? MIXED_BYTES : STREAM_BYTES;
     int64_t quads = quad_bytes ? bytes / quad_bytes : layer->quads;
     quads = quads < 4 ? 4 : quads;
@@ -554,18 +584,24 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
         return NULL;
     }
     place_channels(layer, k_of);
-    choose_form(layer, weights);
-    layer->dense = allocate(shape->groups * layer->blocks * layer->steps * form_words(layer->form) * BLOCK,
-                            sizeof *layer->dense);
+    layer->has_contests = has_contests(rule, word_operands);
+    if (layer->has_contests)
+        choose_contests(layer);
+    else
+        choose_form(layer, weights);
     layer->chunks = 1;
     layer->chunk_quads = layer->quads; /* until the planes are counted */
-    Written written = layer->dense ? write_program(layer, weights, true) : (Written){0, 0};
+    Written written = write_program(layer, weights, true);
     layer->entries = allocate(written.entries, sizeof *layer->entries);
-    layer->blends = allocate(written.blends, sizeof *layer->blends);
+    layer->order = allocate(written.steps + AHEAD, sizeof *layer->order);
+    layer->dense = allocate(written.words, sizeof *layer->dense);
+    if (layer->has_contests && !written.full_steps)
+        layer->plane_count = 2;
     choose_chunks(layer);
     layer->first_entry = allocate(outputs * layer->chunks + 1, sizeof *layer->first_entry);
-    layer->first_blend = allocate(outputs * layer->chunks + 1, sizeof *layer->first_blend);
-    if (!layer->dense || !layer->entries || !layer->blends || !layer->first_entry || !layer->first_blend) {
+    layer->starts =
+        allocate(shape->groups * layer->blocks * layer->chunks * STREAMS + 1, sizeof *layer->starts);
+    if (!layer->dense || !layer->entries || !layer->order || !layer->first_entry || !layer->starts) {
         program_release(layer);
         return NULL;
     }
@@ -579,10 +615,10 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
 size_t program_bytes(const Layer *layer) {
     const ConvShape *shape = &layer->shape;
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
-    int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * (4 + 16 * layer->chunks);
-    bytes += shape->groups * layer->blocks * layer->steps * form_words(layer->form) * BLOCK * 4;
+    int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * (4 + 8 * layer->chunks);
+    int64_t starts = shape->groups * layer->blocks * layer->chunks * STREAMS;
+    bytes += starts * (int64_t)sizeof(Start) + 4 * (layer->starts[starts].step + layer->starts[starts].word);
     bytes += layer->first_entry[outputs * layer->chunks] * (int64_t)sizeof(Entry);
-    bytes += layer->first_blend[outputs * layer->chunks] * (int64_t)sizeof(Blend);
     bytes += quads * slots_per_quad(&layer->rule) *
              tally_length(layer->rule.threads, tally_kind(&layer->rule)) * 4;
     bytes += layer->raw ? quads * shape->n * 4 : 0;
@@ -599,7 +635,7 @@ void program_release(Layer *layer) {
     free(layer->raw);
     free(layer->dense);
     free(layer->entries);
-    free(layer->blends);
-    free(layer->first_blend);
+    free(layer->order);
+    free(layer->starts);
     free(layer);
 }

@@ -18,13 +18,22 @@ typedef struct {
     uint8_t code[PATTERNS][QUAD];
 } Plane;
 
-/* The dense stream's multiply-accumulate; 32-bit words per step and channel in brackets. */
+/* What a dense stream does at each step, for all channels of a block; 32-bit words per channel in brackets.
+ *
+ * Contests are slots of four threads, and what they multiply depends on how many are active:
+ *
+ *     up to one:  exact activations by w;    two:  (mask ? reduced : exact) by w;    more:  reduced by w4
+ *
+ * Where all four weights are there, that is the same for all channels, so that P0 and P1 know most of it.
+ */
 typedef enum {
-    FORM_NONE,         /* no dense stream */
-    FORM_PLAIN,        /* acc += P0 * w [w] */
-    FORM_SELECT,       /* acc += (mask ? P1 : P0) * w, byte by byte [w, mask] */
-    FORM_BLEND,        /* acc += P1 * (3 or more active ? w4 : w) [w, w4] */
-    FORM_SELECT_BLEND, /* both [w, w4, mask] */
+    FORM_NONE,   /* no dense stream */
+    FORM_PLAIN,  /* acc += P0 * w [w] */
+    FORM_SELECT, /* acc += (mask ? P1 : P0) * w, byte by byte [w, mask] */
+    FORM_FULL,   /* contests of four weights: acc += (mask ? P1 : P0) * (three or more active ? w4 : w)
+                    [w, w4, mask if narrow weights spare; else P0 alone] */
+    FORM_MIXED, /* contests of any weights; P0 exact, P1 reduced [w, w4, flag of two, of three, mask likewise]
+                 */
 } Form;
 
 /* acc += plane[step] * word, for one output channel. */
@@ -35,16 +44,20 @@ typedef struct {
 
 enum { STEP_BITS = 24 };
 
-/* Slots with three or four weights: acc += plane[step] * (three or more active ? word4 : word). */
-typedef struct {
-    uint32_t where;
-    uint32_t crowd; /* which of the weight patterns below */
-    uint32_t word, word4;
-} Blend;
+/* Flags of a position, by weight pattern: whether two, or three, of the weights meet a non-zero activation.
+ */
+static const uint16_t TWO_FLAG[PATTERNS] = {[3] = 1 << 0,  [5] = 1 << 1,  [6] = 1 << 2,  [7] = 1 << 3,
+                                            [9] = 1 << 4,  [10] = 1 << 5, [11] = 1 << 6, [12] = 1 << 7,
+                                            [13] = 1 << 8, [14] = 1 << 9, [15] = 1 << 10};
+static const uint16_t THREE_FLAG[PATTERNS] = {
+    [7] = 1 << 11, [11] = 1 << 12, [13] = 1 << 13, [14] = 1 << 14, [15] = 1 << 15};
 
-/* Weight patterns under which three or more threads can be active. */
-enum { CROWDS = 5, FULL_CROWD = 4 };
-static const uint8_t CROWD_PATTERNS[CROWDS] = {7, 11, 13, 14, 15};
+/* A block's contests of one chunk: full ones, then mixed ones; each where its steps and its words start. */
+enum { FULL, MIXED, STREAMS };
+enum { AHEAD = 6 };
+typedef struct {
+    int64_t step, word;
+} Start;
 
 struct Layer {
     ConvShape shape;
@@ -62,13 +75,14 @@ struct Layer {
     int64_t steps;  /* (chunk, tap, quad of the chunk, word of the quad) */
     int64_t blocks; /* of BLOCK channels, per group */
     Form form;
-    int dense_plane[2];   /* P0, P1 */
-    uint32_t *dense;      /* (groups, blocks, steps, words of the form, BLOCK) */
-    Entry *entries;       /* sorted by (group, n) */
-    int64_t *first_entry; /* (groups * n * chunks + 1) */
-    Blend *blends;        /* likewise */
-    int64_t *first_blend;
-    unsigned crowds; /* those in use, one bit each */
+    int dense_plane[2];          /* P0, P1 */
+    uint32_t *dense;             /* (groups, blocks, steps, words of the form, BLOCK), in the order below */
+    Entry *entries;              /* sorted by (group, n) */
+    int64_t *first_entry;        /* (groups * n * chunks + 1) */
+    uint32_t *order;             /* the steps, in the order of the dense stream */
+    bool has_contests;           /* then there are no entries, and order and dense are by block: */
+    Start *starts;               /* (groups, blocks, chunks, STREAMS; + 1) */
+    uint32_t flags_of[PATTERNS]; /* what a position raises, by activation pattern */
     int32_t *offset; /* (groups * n): -128 * sum of the words, where planes are biased by 128; else 0 */
     Plane planes[MAX_PLANES];
     int plane_count;
@@ -84,8 +98,14 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
 size_t program_bytes(const Layer *layer);
 void program_release(Layer *layer);
 
-static inline int form_words(Form form) {
-    return form == FORM_NONE ? 0 : form == FORM_PLAIN ? 1 : form == FORM_SELECT_BLEND ? 3 : 2;
+static inline int form_words(Form form, bool spares) {
+    static const int WORDS[] = {0, 1, 2, 2, 4};
+    return WORDS[form] + (spares && (form == FORM_FULL || form == FORM_MIXED));
+}
+
+/* P0 or P1 of a form. */
+static inline int dense_plane(const Layer *layer, Form form, int which) {
+    return form == FORM_MIXED ? which : layer->dense_plane[which];
 }
 
 static inline int words_per_quad(const Layer *layer) {
