@@ -411,11 +411,11 @@ static void multiply(const MultiplyArguments *multiply) {
     case FORM_FULL:
     case FORM_MIXED:
         if (spares) {
-            multiply_stream(multiply, &streams[0], FORM_FULL, true);
-            multiply_stream(multiply, &streams[1], FORM_MIXED, true);
+            multiply_stream(multiply, &streams[FULL], FORM_FULL, true);
+            multiply_stream(multiply, &streams[MIXED], FORM_MIXED, true);
         } else {
-            multiply_stream(multiply, &streams[0], FORM_FULL, false);
-            multiply_stream(multiply, &streams[1], FORM_MIXED, false);
+            multiply_stream(multiply, &streams[FULL], FORM_FULL, false);
+            multiply_stream(multiply, &streams[MIXED], FORM_MIXED, false);
         }
         break;
     case FORM_NONE:

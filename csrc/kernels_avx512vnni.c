@@ -486,6 +486,8 @@ INLINE void gemm_few_u8s8s32(const MultiplyArguments *multiply, const Stream *st
     }
 }
 
+/* As many positions at a time as registers hold; a vector of which one lane is used costs more than that lane
+ * by itself. */
 INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, const Form form,
                            const bool spares) {
     int at = 0;
@@ -573,11 +575,11 @@ static void multiply(const MultiplyArguments *multiply) {
     case FORM_FULL:
     case FORM_MIXED:
         if (spares) {
-            multiply_stream(multiply, &streams[0], FORM_FULL, true);
-            multiply_stream(multiply, &streams[1], FORM_MIXED, true);
+            multiply_stream(multiply, &streams[FULL], FORM_FULL, true);
+            multiply_stream(multiply, &streams[MIXED], FORM_MIXED, true);
         } else {
-            multiply_stream(multiply, &streams[0], FORM_FULL, false);
-            multiply_stream(multiply, &streams[1], FORM_MIXED, false);
+            multiply_stream(multiply, &streams[FULL], FORM_FULL, false);
+            multiply_stream(multiply, &streams[MIXED], FORM_MIXED, false);
         }
         break;
     case FORM_NONE:

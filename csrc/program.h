@@ -32,8 +32,8 @@ typedef enum {
     FORM_SELECT, /* acc += (mask ? P1 : P0) * w, byte by byte [w, mask] */
     FORM_FULL,   /* contests of four weights: acc += (mask ? P1 : P0) * (three or more active ? w4 : w)
                     [w, w4, mask if narrow weights spare; else P0 alone] */
-    FORM_MIXED, /* contests of any weights; P0 exact, P1 reduced [w, w4, flag of two, of three, mask likewise]
-                 */
+    FORM_MIXED,  /* contests of any weights; P0 is exact, P1 reduced
+                    [w, w4, flag of two active, of three, mask likewise] */
 } Form;
 
 /* acc += plane[step] * word, for one output channel. */
@@ -54,10 +54,11 @@ static const uint16_t THREE_FLAG[PATTERNS] = {
 
 /* A block's contests of one chunk: full ones, then mixed ones; each where its steps and its words start. */
 enum { FULL, MIXED, STREAMS };
-enum { AHEAD = 6 };
 typedef struct {
     int64_t step, word;
 } Start;
+
+enum { AHEAD = 4 }; /* steps: order may be read so far behind its end, to ask for operands early */
 
 struct Layer {
     ConvShape shape;
