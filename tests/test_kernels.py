@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sysmt.config import ArrayConfig, Policy
 from sysmt.errors import OperandError, PathError
 from sysmt.hw import array
-from sysmt.hw.kernels import PackedConv, active_path, available_paths, fingerprint
+from sysmt.hw.kernels import PackedConv, PackedGemm, active_path, available_paths, fingerprint
 from sysmt.hw.stats import Counters
 
 PATHS = available_paths()
@@ -139,6 +139,22 @@ def test_images_of_several_jobs(path, policy, threads, kernel, stride, padding, 
     ]
     np.testing.assert_array_equal(results[0].y, results[1].y)
     assert results[0].counters == results[1].counters
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "scalar"])
+@pytest.mark.parametrize("policy", [Policy.SA, Policy.SAW, Policy.S])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("zeros", [0.0, 0.02, 0.4, 0.95])
+def test_any_remainder_of_positions_and_channels(path, policy, threads, zeros, rng):
+    """Numbers of rows that vectors do not divide, more steps than a strip has, weights that reduce to +128."""
+    config = ArrayConfig(threads=threads, policy=policy)
+    a = np.maximum(rng.normal(0, 90, (150, 2100)), 0).clip(0, 255).astype(np.uint8)
+    b = np.clip(np.rint(rng.normal(0, 60, (2100, 11))), -128, 127).astype(np.int8)
+    b[rng.random(b.shape) < zeros] = 0
+    want, _ = array.simulate(a, b, config, path="scalar")
+    gemm = PackedGemm(b, config, path=path)
+    for rows in (1, 2, 3, 4, 5, 8, 16, 17, 18, 20, 21, 33, 36, 49, 127, 128, 129, 132, 150):
+        np.testing.assert_array_equal(gemm.run(a[:rows])[0], want[:rows])
 
 
 @pytest.mark.parametrize("path", PATHS)
