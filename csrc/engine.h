@@ -16,6 +16,9 @@ enum {
     PAIR = 2,    /* blocks that are stored together: 16 channels are a cache line */
 };
 
+/* Words of a dense stream that are applied to all positions of a tile in turn. */
+enum { STRIP_WORDS = 4096 };
+
 /* An activation whose reduced value needs nine bits: the plane holds one less. */
 typedef struct {
     int32_t position, phase, quad;

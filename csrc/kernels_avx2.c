@@ -294,9 +294,10 @@ INLINE __m256i load_plane(const uint32_t *plane) {
     return _mm256_loadu_si256((const __m256i *)plane);
 }
 
-/* Where 8 positions do not raise a flag. */
-INLINE __m256i unflagged(__m256i flags, __m256i flag) {
-    return _mm256_cmpeq_epi32(_mm256_and_si256(flags, flag), _mm256_setzero_si256());
+/* Lanes of the second whose selector's sign is set, else of the first. */
+INLINE __m256i blend_by_sign(__m256i first, __m256i second, __m256i selector) {
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second),
+                                                _mm256_castsi256_ps(selector)));
 }
 
 /* A dense stream: `vectors` x 4 accumulators of half a block stay in registers over all steps. */
@@ -311,14 +312,20 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stre
     const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
     const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
     const uint16_t *flags = contests ? multiply->flags + at : NULL;
-    const __m256i three_of_four = _mm256_set1_epi32(THREE_FLAG[15]);
+    const __m256i three_of_four = _mm256_set1_epi32((int)shift_of_flag(THREE_FLAG[15]));
     const uint32_t *word = stream->words + first;
     __m256i acc[HALF][2];
     UNROLL for (int c = 0; c < HALF; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
         load_acc(&multiply->acc[first + c][at + v * LANES]);
     for (int64_t i = 0; i < stream->steps; i++, word += words * BLOCK) {
         int64_t offset = multiply->step_offset[stream->order[i]];
-        __m256i a0[2], a1[2], raised[2], sparse[2];
+        if (contests) {
+            int64_t ahead = multiply->step_offset[stream->order[i + AHEAD]];
+            _mm_prefetch((const char *)(plane0 + ahead), _MM_HINT_T0);
+            _mm_prefetch((const char *)(plane1 + ahead), _MM_HINT_T0);
+            _mm_prefetch((const char *)(flags + ahead), _MM_HINT_T0);
+        }
+        __m256i a0[2], a1[2], raised[2], crowded[2];
         UNROLL for (int v = 0; v < vectors; v++) {
             a0[v] = load_plane(plane0 + offset + v * LANES);
             if (selects || form == FORM_MIXED)
@@ -327,7 +334,7 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stre
                 raised[v] =
                     _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(flags + offset + v * LANES)));
             if (form == FORM_FULL)
-                sparse[v] = unflagged(raised[v], three_of_four);
+                crowded[v] = _mm256_sllv_epi32(raised[v], three_of_four);
         }
         UNROLL for (int c = 0; c < HALF; c++) {
             __m256i w = load_word(word + c), w4 = w, mask = w, two = w, three = w;
@@ -342,12 +349,12 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stre
             UNROLL for (int v = 0; v < vectors; v++) {
                 __m256i a = selects ? _mm256_blendv_epi8(a0[v], a1[v], mask) : a0[v];
                 if (form == FORM_MIXED) {
-                    sparse[v] = unflagged(raised[v], three);
+                    crowded[v] = _mm256_sllv_epi32(raised[v], three);
                     __m256i met = spares ? _mm256_blendv_epi8(a, a1[v], mask) : a1[v];
-                    a = _mm256_blendv_epi8(met, a, unflagged(raised[v], two));
-                    a = spares ? _mm256_blendv_epi8(a1[v], a, sparse[v]) : a;
+                    a = blend_by_sign(a, met, _mm256_sllv_epi32(raised[v], two));
+                    a = spares ? blend_by_sign(a, a1[v], crowded[v]) : a;
                 }
-                __m256i b = contests ? _mm256_blendv_epi8(w4, w, sparse[v]) : w;
+                __m256i b = contests ? blend_by_sign(w, w4, crowded[v]) : w;
                 acc[c][v] = _mm256_add_epi32(acc[c][v], _mm256_madd_epi16(a, b));
             }
         }
@@ -356,14 +363,26 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stre
         _mm256_store_si256((__m256i *)&multiply->acc[first + c][at + v * LANES], acc[c][v]);
 }
 
-INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, const Form form,
-                            const bool spares) {
+INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, const Form form,
+                           const bool spares) {
     for (int first = 0; first < BLOCK; first += BLOCK / 2) {
         int at = 0;
         for (; at + LANES < multiply->positions; at += 2 * LANES)
-            gemm_s16s16s32(multiply, stream, first, at, 2, form, spares);
+            gemm_s16s16s32(multiply, strip, first, at, 2, form, spares);
         if (at < multiply->positions)
-            gemm_s16s16s32(multiply, stream, first, at, 1, form, spares);
+            gemm_s16s16s32(multiply, strip, first, at, 1, form, spares);
+    }
+}
+
+/* Strip by strip, so that words stay in the first-level cache from one group of positions to the next. */
+INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, const Form form,
+                            const bool spares) {
+    const int words = form_words(form, spares) * BLOCK;
+    for (int64_t step = 0; step < stream->steps; step += STRIP_WORDS / words) {
+        int64_t left = stream->steps - step;
+        Stream strip = {stream->order + step, left < STRIP_WORDS / words ? left : STRIP_WORDS / words,
+                        stream->words + step * words};
+        multiply_strip(multiply, &strip, form, spares);
     }
 }
 

@@ -343,9 +343,8 @@ INLINE __m512i in_register(__m512i value) {
 }
 
 enum {
-    SELECT = 0xCA,      /* for ternary logic: A ? B : C */
-    STRIP_WORDS = 4096, /* of a dense stream that are applied to all positions of a tile in turn */
-    FEW = 4,            /* positions that are multiplied together where lanes are channels */
+    SELECT = 0xCA, /* for ternary logic: A ? B : C */
+    FEW = 4,       /* positions that are multiplied together where lanes are channels */
 };
 
 /* Which of 16 positions raise a flag, given in both halves of every word. */

@@ -395,9 +395,10 @@ static void write_contests(Writer *writer, int64_t quad_step, const Slots *slots
             int pattern = slot_pattern_of(w, 0, QUAD);
             to[c] = encode(exact, half, layer->word_operands);
             to[BLOCK + c] = encode(rest ? lacking : reduced, half, layer->word_operands);
-            if (kind == MIXED) { /* in both halves, for comparisons of 16 bits */
-                to[2 * BLOCK + c] = TWO_FLAG[pattern] * 0x10001u;
-                to[3 * BLOCK + c] = THREE_FLAG[pattern] * 0x10001u;
+            uint16_t two = TWO_FLAG[pattern], three = THREE_FLAG[pattern];
+            if (kind == MIXED) {
+                to[2 * BLOCK + c] = halves == 1 ? in_both_halves(two) : shift_of_flag(two);
+                to[3 * BLOCK + c] = halves == 1 ? in_both_halves(three) : shift_of_flag(three);
             }
             if (rule->needs_both)
                 to[(words - 1) * BLOCK + c] = encode(mask, half, layer->word_operands);

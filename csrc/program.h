@@ -52,6 +52,15 @@ static const uint16_t TWO_FLAG[PATTERNS] = {[3] = 1 << 0,  [5] = 1 << 1,  [6] = 
 static const uint16_t THREE_FLAG[PATTERNS] = {
     [7] = 1 << 11, [11] = 1 << 12, [13] = 1 << 13, [14] = 1 << 14, [15] = 1 << 15};
 
+/* A flag in the stream of contests: in both halves of a word, for comparisons of 16 bits; or, where words
+ * hold 16-bit operands, the shift that makes it the sign of 32. */
+static inline uint32_t in_both_halves(uint16_t flag) {
+    return flag * 0x10001u;
+}
+static inline uint32_t shift_of_flag(uint16_t flag) {
+    return flag ? (uint32_t)__builtin_clz(flag) : 32;
+}
+
 /* A block's contests of one chunk: full ones, then mixed ones; each where its steps and its words start. */
 enum { FULL, MIXED, STREAMS };
 typedef struct {

@@ -146,7 +146,7 @@ def test_images_of_several_jobs(path, policy, threads, kernel, stride, padding, 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("zeros", [0.0, 0.02, 0.4, 0.95])
 def test_any_remainder_of_positions_and_channels(path, policy, threads, zeros, rng):
-    """Numbers of rows that vectors do not divide, more steps than a strip has, weights that reduce to +128."""
+    """Rows that vectors do not divide, more steps than a strip has, weights that reduce to +128."""
     config = ArrayConfig(threads=threads, policy=policy)
     a = np.maximum(rng.normal(0, 90, (150, 2100)), 0).clip(0, 255).astype(np.uint8)
     b = np.clip(np.rint(rng.normal(0, 60, (2100, 11))), -128, 127).astype(np.int8)
