@@ -429,19 +429,20 @@ static void start_sums(const Job *job, int64_t block, int32_t acc[BLOCK][TILE]) 
 }
 
 /* What a block's dense streams are in this chunk. */
-static void find_streams(const Job *job, int64_t block, Stream streams[STREAMS]) {
+static void find_streams(const Job *job, int64_t block, Stream streams[PARTS][STREAMS]) {
     const Layer *layer = job->shared->layer;
     int64_t in_layer = job->group * layer->blocks + block;
     if (layer->has_contests) {
-        const Start *start = layer->starts + (in_layer * layer->chunks + job->chunk) * STREAMS;
-        for (int kind = 0; kind < STREAMS; kind++)
-            streams[kind] = (Stream){layer->order + start[kind].step, start[kind + 1].step - start[kind].step,
-                                     layer->dense + start[kind].word};
+        const Start *start = layer->starts + (in_layer * layer->chunks + job->chunk) * PARTS * STREAMS;
+        for (int i = 0; i < PARTS * STREAMS; i++)
+            streams[i / STREAMS][i % STREAMS] =
+                (Stream){layer->order + start[i].step, start[i + 1].step - start[i].step,
+                         layer->dense + start[i].word};
         return;
     }
     int64_t step = first_step(layer, job->chunk), words = form_words(layer->form, false) * BLOCK;
-    streams[0] = (Stream){layer->order + step, steps_of_chunk(layer, job->chunk),
-                          layer->dense + (in_layer * layer->steps + step) * words};
+    streams[0][0] = (Stream){layer->order + step, steps_of_chunk(layer, job->chunk),
+                             layer->dense + (in_layer * layer->steps + step) * words};
 }
 
 /* The chunk's products for channel blocks first..end-1. */

@@ -96,11 +96,11 @@ typedef struct {
     const uint16_t *flags;       /* likewise */
     const uint32_t *step_offset; /* positions, by step of the layer */
     const Layer *layer;
-    Stream streams[STREAMS];    /* of this block and chunk: FULL and MIXED; or the first alone */
-    const int64_t *first_entry; /* of its first channel, this chunk; a channel further: + chunks */
-    int channels;               /* 1..BLOCK */
-    int positions;              /* 1..TILE */
-    int32_t (*acc)[TILE];       /* (BLOCK, TILE) */
+    Stream streams[PARTS][STREAMS]; /* of this block and chunk; without contests the first alone */
+    const int64_t *first_entry;     /* of its first channel, this chunk; a channel further: + chunks */
+    int channels;                   /* 1..BLOCK */
+    int positions;                  /* 1..TILE */
+    int32_t (*acc)[TILE];           /* (BLOCK, TILE) */
 } MultiplyArguments;
 
 #define NOWHERE INT64_MIN

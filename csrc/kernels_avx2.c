@@ -300,29 +300,32 @@ INLINE __m256i blend_by_sign(__m256i first, __m256i second, __m256i selector) {
                                                 _mm256_castsi256_ps(selector)));
 }
 
-/* A dense stream: `vectors` x 4 accumulators of half a block stay in registers over all steps. */
+/* A dense stream: the accumulators of as many channels as share contests stay in registers over all steps. */
 INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stream, int first, int64_t at,
                            const int vectors, const Form form, const bool spares) {
-    enum { HALF = BLOCK / 2 };
     const Layer *layer = multiply->layer;
-    const int words = form_words(form, spares);
+    const int words = form_words(form, spares), side = form_channels(form);
     const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
     const bool contests = form == FORM_FULL || form == FORM_MIXED;
     const uint32_t *planes = multiply->planes + at;
     const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
     const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
     const uint16_t *flags = contests ? multiply->flags + at : NULL;
-    const __m256i three_of_four = _mm256_set1_epi32((int)shift_of_flag(THREE_FLAG[15]));
-    const uint32_t *word = stream->words + first;
-    __m256i acc[HALF][2];
-    UNROLL for (int c = 0; c < HALF; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
+    const uint32_t *word = stream->words + (contests ? 0 : first);
+    __m256i acc[CONTEST][2];
+    UNROLL for (int c = 0; c < CONTEST; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
         load_acc(&multiply->acc[first + c][at + v * LANES]);
-    for (int64_t i = 0; i < stream->steps; i++, word += words * BLOCK) {
-        int64_t offset = multiply->step_offset[stream->order[i]];
+    const uint32_t *offsets = multiply->step_offset + stream->order[0]; /* without contests, in order */
+    uint32_t coming[AHEAD + 1];
+    UNROLL for (int i = 0; i < AHEAD; i++) coming[i + 1] = multiply->step_offset[stream->order[i]];
+    for (int64_t i = 0; i < stream->steps; i++, word += words * side) {
+        UNROLL for (int j = 0; j < AHEAD; j++) coming[j] = coming[j + 1];
+        int64_t offset = contests ? coming[0] : offsets[i];
         if (contests) {
-            int64_t ahead = multiply->step_offset[stream->order[i + AHEAD]];
+            int64_t ahead = coming[AHEAD] = multiply->step_offset[stream->order[i + AHEAD]];
             _mm_prefetch((const char *)(plane0 + ahead), _MM_HINT_T0);
-            _mm_prefetch((const char *)(plane1 + ahead), _MM_HINT_T0);
+            if (selects || form == FORM_MIXED)
+                _mm_prefetch((const char *)(plane1 + ahead), _MM_HINT_T0);
             _mm_prefetch((const char *)(flags + ahead), _MM_HINT_T0);
         }
         __m256i a0[2], a1[2], raised[2], crowded[2];
@@ -330,22 +333,20 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stre
             a0[v] = load_plane(plane0 + offset + v * LANES);
             if (selects || form == FORM_MIXED)
                 a1[v] = load_plane(plane1 + offset + v * LANES);
-            if (contests)
-                raised[v] =
-                    _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(flags + offset + v * LANES)));
-            if (form == FORM_FULL)
-                crowded[v] = _mm256_sllv_epi32(raised[v], three_of_four);
+            if (contests) /* the sign is the flag of three of four weights */
+                raised[v] = crowded[v] =
+                    _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(flags + offset + v * LANES)));
         }
-        UNROLL for (int c = 0; c < HALF; c++) {
+        UNROLL for (int c = 0; c < CONTEST; c++) {
             __m256i w = load_word(word + c), w4 = w, mask = w, two = w, three = w;
             if (contests)
-                w4 = load_word(word + BLOCK + c);
+                w4 = load_word(word + side + c);
             if (form == FORM_MIXED) {
-                two = load_word(word + 2 * BLOCK + c);
-                three = load_word(word + 3 * BLOCK + c);
+                two = load_word(word + 2 * side + c);
+                three = load_word(word + 3 * side + c);
             }
             if (selects || spares)
-                mask = load_word(word + (words - 1) * BLOCK + c);
+                mask = load_word(word + (words - 1) * side + c);
             UNROLL for (int v = 0; v < vectors; v++) {
                 __m256i a = selects ? _mm256_blendv_epi8(a0[v], a1[v], mask) : a0[v];
                 if (form == FORM_MIXED) {
@@ -359,30 +360,28 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stre
             }
         }
     }
-    UNROLL for (int c = 0; c < HALF; c++) UNROLL for (int v = 0; v < vectors; v++)
+    UNROLL for (int c = 0; c < CONTEST; c++) UNROLL for (int v = 0; v < vectors; v++)
         _mm256_store_si256((__m256i *)&multiply->acc[first + c][at + v * LANES], acc[c][v]);
 }
 
-INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, const Form form,
+INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, int first, const Form form,
                            const bool spares) {
-    for (int first = 0; first < BLOCK; first += BLOCK / 2) {
-        int at = 0;
-        for (; at + LANES < multiply->positions; at += 2 * LANES)
-            gemm_s16s16s32(multiply, strip, first, at, 2, form, spares);
-        if (at < multiply->positions)
-            gemm_s16s16s32(multiply, strip, first, at, 1, form, spares);
-    }
+    int at = 0;
+    for (; at + LANES < multiply->positions; at += 2 * LANES)
+        gemm_s16s16s32(multiply, strip, first, at, 2, form, spares);
+    if (at < multiply->positions)
+        gemm_s16s16s32(multiply, strip, first, at, 1, form, spares);
 }
 
 /* Strip by strip, so that words stay in the first-level cache from one group of positions to the next. */
-INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, const Form form,
-                            const bool spares) {
-    const int words = form_words(form, spares) * BLOCK;
+INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, int first,
+                            const Form form, const bool spares) {
+    const int words = form_words(form, spares) * form_channels(form);
     for (int64_t step = 0; step < stream->steps; step += STRIP_WORDS / words) {
         int64_t left = stream->steps - step;
         Stream strip = {stream->order + step, left < STRIP_WORDS / words ? left : STRIP_WORDS / words,
                         stream->words + step * words};
-        multiply_strip(multiply, &strip, form, spares);
+        multiply_strip(multiply, &strip, first, form, spares);
     }
 }
 
@@ -417,29 +416,36 @@ static void multiply_entries(const MultiplyArguments *multiply, int channel) {
         spmv_s16s16s32(multiply, channel, at, 1);
 }
 
-static void multiply(const MultiplyArguments *multiply) {
-    const Stream *streams = multiply->streams;
+/* A part of the block: half of its channels. */
+static void multiply_part(const MultiplyArguments *multiply, int part) {
+    const Stream *all = multiply->streams[0], *own = multiply->streams[part];
     const bool spares = multiply->layer->rule.needs_both;
+    int first = part * CONTEST;
     switch (multiply->layer->form) {
     case FORM_PLAIN:
-        multiply_stream(multiply, streams, FORM_PLAIN, false);
+        multiply_stream(multiply, all, first, FORM_PLAIN, false);
         break;
     case FORM_SELECT:
-        multiply_stream(multiply, streams, FORM_SELECT, false);
+        multiply_stream(multiply, all, first, FORM_SELECT, false);
         break;
     case FORM_FULL:
     case FORM_MIXED:
         if (spares) {
-            multiply_stream(multiply, &streams[FULL], FORM_FULL, true);
-            multiply_stream(multiply, &streams[MIXED], FORM_MIXED, true);
+            multiply_stream(multiply, &own[FULL], first, FORM_FULL, true);
+            multiply_stream(multiply, &own[MIXED], first, FORM_MIXED, true);
         } else {
-            multiply_stream(multiply, &streams[FULL], FORM_FULL, false);
-            multiply_stream(multiply, &streams[MIXED], FORM_MIXED, false);
+            multiply_stream(multiply, &own[FULL], first, FORM_FULL, false);
+            multiply_stream(multiply, &own[MIXED], first, FORM_MIXED, false);
         }
         break;
     case FORM_NONE:
         break;
     }
+}
+
+static void multiply(const MultiplyArguments *multiply) {
+    for (int part = 0; part < PARTS; part++)
+        multiply_part(multiply, part);
     for (int c = 0; c < multiply->channels; c++)
         multiply_entries(multiply, c);
 }

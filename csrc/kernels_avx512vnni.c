@@ -354,11 +354,11 @@ INLINE __mmask16 flagged(__m256i flags, __m256i flag) {
 
 /* Ask for what a step ahead will read: contests skip steps, so that the hardware does not foresee it. And,
  * for the first positions only, for words of the next strip. */
-INLINE void prefetch_contests(const MultiplyArguments *multiply, uint32_t step, const uint32_t *word,
+INLINE void prefetch_contests(const MultiplyArguments *multiply, int64_t offset, const uint32_t *word,
                               int64_t at, const int vectors, const Form form, const bool spares) {
     const int words = form_words(form, spares);
     const bool has_two = spares || form == FORM_MIXED;
-    const uint32_t *planes = multiply->planes + multiply->step_offset[step] + at;
+    const uint32_t *planes = multiply->planes + offset + at;
     UNROLL for (int v = 0; v < vectors; v++) {
         _mm_prefetch(planes + dense_plane(multiply->layer, form, 0) * multiply->plane_stride + v * LANES,
                      _MM_HINT_T0);
@@ -366,17 +366,17 @@ INLINE void prefetch_contests(const MultiplyArguments *multiply, uint32_t step, 
             _mm_prefetch(planes + dense_plane(multiply->layer, form, 1) * multiply->plane_stride + v * LANES,
                          _MM_HINT_T0);
     }
-    _mm_prefetch(multiply->flags + multiply->step_offset[step] + at, _MM_HINT_T0);
+    _mm_prefetch(multiply->flags + offset + at, _MM_HINT_T0);
     if (at == 0)
-        UNROLL for (int line = 0; line < (words + 1) / 2; line++)
-            _mm_prefetch(word + STRIP_WORDS + 2 * line * BLOCK, _MM_HINT_T1);
+        UNROLL for (int line = 0; line < (words * CONTEST + 15) / 16; line++)
+            _mm_prefetch(word + STRIP_WORDS + 16 * line, _MM_HINT_T1);
 }
 
-/* A dense stream: `vectors` x BLOCK accumulators stay in registers over all steps. */
-INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, const Stream *stream, int64_t at,
+/* A dense stream: the accumulators of its channels, of `vectors` each, stay in registers over all steps. */
+INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, const Stream *stream, int first, int64_t at,
                          const int vectors, const Form form, const bool spares) {
     const Layer *layer = multiply->layer;
-    const int words = form_words(form, spares);
+    const int words = form_words(form, spares), side = form_channels(form);
     const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
     const bool contests = form == FORM_FULL || form == FORM_MIXED;
     const uint32_t *planes = multiply->planes + at;
@@ -385,16 +385,22 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, const Stream *stream
     const uint16_t *flags = contests ? multiply->flags + at : NULL;
     const __m256i three_of_four = _mm256_set1_epi16((int16_t)THREE_FLAG[15]);
     const uint32_t *word = stream->words;
-    __m512i acc[BLOCK][2];
-    UNROLL for (int c = 0; c < BLOCK; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
-        _mm512_load_si512(&multiply->acc[c][at + v * LANES]);
-    for (int64_t i = 0; i < stream->steps; i++, word += words * BLOCK) {
-        int64_t offset = multiply->step_offset[stream->order[i]];
-        if (contests)
-            prefetch_contests(multiply, stream->order[i + AHEAD], word, at, vectors, form, spares);
-        __m512i a0[2], a1[2];
-        __m256i raised[2];
-        __mmask16 crowded[2] = {0, 0};
+    const uint32_t *offsets = multiply->step_offset + stream->order[0]; /* without contests, in order */
+    uint32_t coming[AHEAD + 1];
+    UNROLL for (int i = 0; i < AHEAD; i++) coming[i + 1] = multiply->step_offset[stream->order[i]];
+    __m512i acc[BLOCK][4];
+    UNROLL for (int c = 0; c < side; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
+        _mm512_load_si512(&multiply->acc[first + c][at + v * LANES]);
+    for (int64_t i = 0; i < stream->steps; i++, word += words * side) {
+        UNROLL for (int j = 0; j < AHEAD; j++) coming[j] = coming[j + 1];
+        int64_t offset = contests ? coming[0] : offsets[i];
+        if (contests) {
+            coming[AHEAD] = multiply->step_offset[stream->order[i + AHEAD]];
+            prefetch_contests(multiply, coming[AHEAD], word, at, vectors, form, spares);
+        }
+        __m512i a0[4], a1[4];
+        __m256i raised[4];
+        __mmask16 crowded[4] = {0, 0, 0, 0};
         UNROLL for (int v = 0; v < vectors; v++) {
             a0[v] = _mm512_loadu_si512(plane0 + offset + v * LANES);
             if (selects || form == FORM_MIXED)
@@ -404,20 +410,20 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, const Stream *stream
             if (form == FORM_FULL)
                 crowded[v] = flagged(raised[v], three_of_four);
         }
-        UNROLL for (int c = 0; c < BLOCK; c++) {
+        UNROLL for (int c = 0; c < side; c++) {
             __m512i w = in_register(_mm512_set1_epi32((int)word[c])), w4 = w, mask = w;
             __m256i two, three;
             if (contests)
-                w4 = in_register(_mm512_set1_epi32((int)word[BLOCK + c]));
+                w4 = in_register(_mm512_set1_epi32((int)word[side + c]));
             if (form == FORM_MIXED) {
-                two = _mm256_set1_epi32((int)word[2 * BLOCK + c]);
-                three = _mm256_set1_epi32((int)word[3 * BLOCK + c]);
-                mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * BLOCK + c]));
+                two = _mm256_set1_epi32((int)word[2 * side + c]);
+                three = _mm256_set1_epi32((int)word[3 * side + c]);
+                mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * side + c]));
             }
             UNROLL for (int v = 0; v < vectors; v++) {
                 __m512i a = a0[v];
                 if (selects) { /* loaded for every v: the mask's register becomes the result's */
-                    mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * BLOCK + c]));
+                    mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * side + c]));
                     a = _mm512_ternarylogic_epi32(mask, a1[v], a0[v], SELECT);
                 }
                 if (form == FORM_MIXED) {
@@ -433,88 +439,117 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, const Stream *stream
             }
         }
     }
-    UNROLL for (int c = 0; c < BLOCK; c++) UNROLL for (int v = 0; v < vectors; v++)
-        _mm512_store_si512(&multiply->acc[c][at + v * LANES], acc[c][v]);
+    UNROLL for (int c = 0; c < side; c++) UNROLL for (int v = 0; v < vectors; v++)
+        _mm512_store_si512(&multiply->acc[first + c][at + v * LANES], acc[c][v]);
 }
 
-/* The same for the last few positions: the lanes are the block's channels, which lie side by side in the
- * stream, so that none is idle. */
-INLINE void gemm_few_u8s8s32(const MultiplyArguments *multiply, const Stream *stream, int64_t at,
+/* The words of one position in all lanes, or of two in a half each. */
+INLINE __m256i spread(const uint32_t *plane, const int together) {
+    __m256i one = _mm256_set1_epi32((int)plane[0]);
+    return together == 2 ? _mm256_inserti128_si256(one, _mm_set1_epi32((int)plane[1]), 1) : one;
+}
+
+INLINE __m256i spread_flags(const uint16_t *flags, const int together) {
+    __m256i one = _mm256_set1_epi16((int16_t)flags[0]);
+    return together == 2 ? _mm256_inserti128_si256(one, _mm_set1_epi16((int16_t)flags[1]), 1) : one;
+}
+
+/* Word `which` of all channels. */
+INLINE __m256i side_by_side(const uint32_t *word, const int which, const bool contests) {
+    if (contests)
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(word + which * CONTEST)));
+    return _mm256_loadu_si256((const __m256i *)(word + which * BLOCK));
+}
+
+/* The same for the last few positions: the lanes are channels, whose words lie side by side in the stream, so
+ * that none is idle. */
+INLINE void gemm_few_u8s8s32(const MultiplyArguments *multiply, const Stream *stream, int first, int64_t at,
                              const int positions, const Form form, const bool spares) {
     const Layer *layer = multiply->layer;
-    const int words = form_words(form, spares);
+    const int words = form_words(form, spares), side = form_channels(form);
     const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
     const bool contests = form == FORM_FULL || form == FORM_MIXED;
+    const int together = positions > 1 ? BLOCK / side : 1, vectors = positions / together;
     const uint32_t *planes = multiply->planes + at;
     const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
     const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
     const uint16_t *flags = contests ? multiply->flags + at : NULL;
-    const __m256i *word = (const __m256i *)stream->words;
+    const uint32_t *word = stream->words;
     const __m256i three_of_four = _mm256_set1_epi16((int16_t)THREE_FLAG[15]);
     __m256i acc[FEW];
-    UNROLL for (int i = 0; i < positions; i++) acc[i] = _mm256_setzero_si256();
-    for (int64_t step = 0; step < stream->steps; step++, word += words) {
+    UNROLL for (int i = 0; i < vectors; i++) acc[i] = _mm256_setzero_si256();
+    for (int64_t step = 0; step < stream->steps; step++, word += words * side) {
         int64_t offset = multiply->step_offset[stream->order[step]];
-        UNROLL for (int i = 0; i < positions; i++) {
-            __m256i a = _mm256_set1_epi32((int)plane0[offset + i]), w = word[0], met = a;
+        UNROLL for (int i = 0; i < vectors; i++) {
+            int64_t here = offset + i * together;
+            __m256i a = spread(plane0 + here, together), w = side_by_side(word, 0, contests), met = a;
             if (selects || form == FORM_MIXED)
-                met = _mm256_set1_epi32((int)plane1[offset + i]);
+                met = spread(plane1 + here, together);
             if (selects)
-                a = _mm256_ternarylogic_epi32(word[words - 1], met, a, SELECT);
-            __m256i raised = contests ? _mm256_set1_epi16((int16_t)flags[offset + i]) : a;
+                a = _mm256_ternarylogic_epi32(side_by_side(word, words - 1, contests), met, a, SELECT);
+            __m256i raised = contests ? spread_flags(flags + here, together) : a;
             if (form == FORM_FULL)
-                w = _mm256_mask_mov_epi32(w, _mm256_test_epi32_mask(raised, three_of_four), word[1]);
+                w = _mm256_mask_mov_epi32(w, _mm256_test_epi32_mask(raised, three_of_four),
+                                          side_by_side(word, 1, true));
             if (form == FORM_MIXED) {
                 __m256i reduced = met;
-                __mmask8 crowded = _mm256_test_epi32_mask(raised, word[3]);
+                __mmask8 crowded = _mm256_test_epi32_mask(raised, side_by_side(word, 3, true));
                 if (spares)
-                    met = _mm256_ternarylogic_epi32(word[words - 1], reduced, a, SELECT);
-                a = _mm256_mask_mov_epi32(a, _mm256_test_epi32_mask(raised, word[2]), met);
+                    met = _mm256_ternarylogic_epi32(side_by_side(word, words - 1, true), reduced, a, SELECT);
+                __mmask8 reduces = _mm256_test_epi32_mask(raised, side_by_side(word, 2, true));
+                a = _mm256_mask_mov_epi32(a, reduces, met);
                 if (spares)
                     a = _mm256_mask_mov_epi32(a, crowded, reduced);
-                w = _mm256_mask_mov_epi32(w, crowded, word[1]);
+                w = _mm256_mask_mov_epi32(w, crowded, side_by_side(word, 1, true));
             }
             acc[i] = _mm256_dpbusd_epi32(acc[i], a, w);
         }
     }
-    UNROLL for (int i = 0; i < positions; i++) {
+    UNROLL for (int i = 0; i < vectors; i++) {
         int32_t sums[BLOCK];
         _mm256_storeu_si256((__m256i *)sums, acc[i]);
-        for (int c = 0; c < BLOCK; c++)
-            multiply->acc[c][at + i] += sums[c];
+        for (int lane = 0; lane < side * together; lane++)
+            multiply->acc[first + lane % side][at + i * together + lane / side] += sums[lane];
     }
 }
 
 /* As many positions at a time as registers hold; a vector of which one lane is used costs more than that lane
  * by itself. */
-INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, const Form form,
+INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, int first, const Form form,
                            const bool spares) {
+    const int most = form_channels(form) == CONTEST ? 4 : 2;
     int at = 0;
-    for (int left = multiply->positions; left > 0; left = multiply->positions - at)
-        if (left > LANES + 1) {
-            gemm_u8s8s32(multiply, strip, at, 2, form, spares);
-            at += 2 * LANES;
-        } else if (left > FEW) {
-            gemm_u8s8s32(multiply, strip, at, 1, form, spares);
-            at += LANES;
-        } else if (left > 1) {
-            gemm_few_u8s8s32(multiply, strip, at, FEW, form, spares);
-            at += FEW;
-        } else {
-            gemm_few_u8s8s32(multiply, strip, at, 1, form, spares);
-            at++;
+    for (int left = multiply->positions; left > 0; left = multiply->positions - at) {
+        int vectors = (left - 2) / LANES + 1; /* a single position on top is left over */
+        if (left <= FEW) {
+            if (left > 1)
+                gemm_few_u8s8s32(multiply, strip, first, at, FEW, form, spares);
+            else
+                gemm_few_u8s8s32(multiply, strip, first, at, 1, form, spares);
+            break;
         }
+        vectors = vectors < most ? vectors : most;
+        if (vectors == 4)
+            gemm_u8s8s32(multiply, strip, first, at, 4, form, spares);
+        else if (vectors == 3)
+            gemm_u8s8s32(multiply, strip, first, at, 3, form, spares);
+        else if (vectors == 2)
+            gemm_u8s8s32(multiply, strip, first, at, 2, form, spares);
+        else
+            gemm_u8s8s32(multiply, strip, first, at, 1, form, spares);
+        at += vectors * LANES;
+    }
 }
 
 /* Strip by strip, so that words stay in the first-level cache from one group of positions to the next. */
-INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, const Form form,
-                            const bool spares) {
-    const int words = form_words(form, spares) * BLOCK;
+INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, int first,
+                            const Form form, const bool spares) {
+    const int words = form_words(form, spares) * form_channels(form);
     for (int64_t step = 0; step < stream->steps; step += STRIP_WORDS / words) {
         int64_t left = stream->steps - step;
         Stream strip = {stream->order + step, left < STRIP_WORDS / words ? left : STRIP_WORDS / words,
                         stream->words + step * words};
-        multiply_strip(multiply, &strip, form, spares);
+        multiply_strip(multiply, &strip, first, form, spares);
     }
 }
 
@@ -561,25 +596,29 @@ static void multiply_entries(const MultiplyArguments *multiply, int channel) {
         spmv_u8s8s32(multiply, channel, at, 1);
 }
 
+static void multiply_contests(const MultiplyArguments *multiply, int part) {
+    const Stream *streams = multiply->streams[part];
+    if (multiply->layer->rule.needs_both) {
+        multiply_stream(multiply, &streams[FULL], part * CONTEST, FORM_FULL, true);
+        multiply_stream(multiply, &streams[MIXED], part * CONTEST, FORM_MIXED, true);
+    } else {
+        multiply_stream(multiply, &streams[FULL], part * CONTEST, FORM_FULL, false);
+        multiply_stream(multiply, &streams[MIXED], part * CONTEST, FORM_MIXED, false);
+    }
+}
+
 static void multiply(const MultiplyArguments *multiply) {
-    const Stream *streams = multiply->streams;
-    const bool spares = multiply->layer->rule.needs_both;
     switch (multiply->layer->form) {
     case FORM_PLAIN:
-        multiply_stream(multiply, streams, FORM_PLAIN, false);
+        multiply_stream(multiply, multiply->streams[0], 0, FORM_PLAIN, false);
         break;
     case FORM_SELECT:
-        multiply_stream(multiply, streams, FORM_SELECT, false);
+        multiply_stream(multiply, multiply->streams[0], 0, FORM_SELECT, false);
         break;
     case FORM_FULL:
     case FORM_MIXED:
-        if (spares) {
-            multiply_stream(multiply, &streams[FULL], FORM_FULL, true);
-            multiply_stream(multiply, &streams[MIXED], FORM_MIXED, true);
-        } else {
-            multiply_stream(multiply, &streams[FULL], FORM_FULL, false);
-            multiply_stream(multiply, &streams[MIXED], FORM_MIXED, false);
-        }
+        for (int part = 0; part < PARTS; part++)
+            multiply_contests(multiply, part);
         break;
     case FORM_NONE:
         break;

@@ -342,20 +342,20 @@ static void write_channel(Writer *writer, const int8_t *weights, int64_t group, 
 
 /* ---- contests ---- */
 
-/* The slots of a block's channels at one (tap, quad). */
+/* The slots of a part of a block's channels at one (tap, quad). */
 typedef struct {
-    int8_t weights[BLOCK][QUAD];
+    int8_t weights[CONTEST][QUAD];
     int channels;
     bool is_full, is_empty;
 } Slots;
 
-static Slots fetch_slots(const Layer *layer, const int8_t *weights, int64_t group, int64_t block, int64_t tap,
+static Slots fetch_slots(const Layer *layer, const int8_t *weights, int64_t group, int64_t first, int64_t tap,
                          int64_t quad) {
-    int64_t left = layer->shape.n - block * BLOCK;
-    Slots slots = {.channels = left < BLOCK ? (int)left : BLOCK, .is_full = true, .is_empty = true};
+    int64_t left = layer->shape.n - first;
+    Slots slots = {.channels = left < CONTEST ? (int)left : CONTEST, .is_full = true, .is_empty = true};
     for (int c = 0; c < slots.channels; c++) {
         int8_t *w = slots.weights[c];
-        fetch_quad(layer, weights, group, block * BLOCK + c, tap, quad, w);
+        fetch_quad(layer, weights, group, first + c, tap, quad, w);
         slots.is_full &= w[0] && w[1] && w[2] && w[3];
         slots.is_empty &= !w[0] && !w[1] && !w[2] && !w[3];
     }
@@ -394,42 +394,51 @@ static void write_contests(Writer *writer, int64_t quad_step, const Slots *slots
                 continue;
             int pattern = slot_pattern_of(w, 0, QUAD);
             to[c] = encode(exact, half, layer->word_operands);
-            to[BLOCK + c] = encode(rest ? lacking : reduced, half, layer->word_operands);
+            to[CONTEST + c] = encode(rest ? lacking : reduced, half, layer->word_operands);
             uint16_t two = TWO_FLAG[pattern], three = THREE_FLAG[pattern];
             if (kind == MIXED) {
-                to[2 * BLOCK + c] = halves == 1 ? in_both_halves(two) : shift_of_flag(two);
-                to[3 * BLOCK + c] = halves == 1 ? in_both_halves(three) : shift_of_flag(three);
+                to[2 * CONTEST + c] = halves == 1 ? in_both_halves(two) : shift_of_flag(two);
+                to[3 * CONTEST + c] = halves == 1 ? in_both_halves(three) : shift_of_flag(three);
             }
             if (rule->needs_both)
-                to[(words - 1) * BLOCK + c] = encode(mask, half, layer->word_operands);
+                to[(words - 1) * CONTEST + c] = encode(mask, half, layer->word_operands);
         }
         if (!writer->is_counting)
             layer->order[writer->step] = (uint32_t)(quad_step * halves + half);
         writer->step++;
         writer->full_steps += kind == FULL;
-        writer->word += words * BLOCK;
+        writer->word += words * CONTEST;
     }
+}
+
+/* One chunk's steps of one kind, for the channels from `first` on. */
+static void write_stream(Writer *writer, const int8_t *weights, int64_t group, int64_t first, int64_t chunk,
+                         int kind) {
+    Layer *layer = writer->layer;
+    int64_t step = chunk * layer->chunk_quads * layer->taps;
+    for (int64_t tap = 0; tap < layer->taps; tap++)
+        for (int64_t quad = 0; quad < quads_of_chunk(layer, chunk); quad++, step++) {
+            Slots slots = fetch_slots(layer, weights, group, first, tap, chunk * layer->chunk_quads + quad);
+            if (!slots.is_empty && slots.is_full == (kind == FULL))
+                write_contests(writer, step, &slots, kind, false);
+            if (kind == MIXED && has_overflow(layer, &slots))
+                write_contests(writer, step, &slots, MIXED, true);
+        }
 }
 
 /* Steps at which all channels have four weights come first, the others follow. */
 static void write_block(Writer *writer, const int8_t *weights, int64_t group, int64_t block) {
     Layer *layer = writer->layer;
-    Start *start = layer->starts + (group * layer->blocks + block) * layer->chunks * STREAMS;
+    Start *start = layer->starts + (group * layer->blocks + block) * layer->chunks * PARTS * STREAMS;
     for (int64_t chunk = 0; chunk < layer->chunks; chunk++)
-        for (int kind = 0; kind < STREAMS; kind++) {
-            if (!writer->is_counting)
-                *start++ = (Start){writer->step, writer->word};
-            int64_t step = chunk * layer->chunk_quads * layer->taps;
-            for (int64_t tap = 0; tap < layer->taps; tap++)
-                for (int64_t quad = 0; quad < quads_of_chunk(layer, chunk); quad++, step++) {
-                    Slots slots =
-                        fetch_slots(layer, weights, group, block, tap, chunk * layer->chunk_quads + quad);
-                    if (!slots.is_empty && slots.is_full == (kind == FULL))
-                        write_contests(writer, step, &slots, kind, false);
-                    if (kind == MIXED && has_overflow(layer, &slots))
-                        write_contests(writer, step, &slots, MIXED, true);
-                }
-        }
+        for (int part = 0; part < PARTS; part++)
+            for (int kind = 0; kind < STREAMS; kind++) {
+                if (!writer->is_counting)
+                    *start++ = (Start){writer->step, writer->word};
+                int64_t first = block * BLOCK + part * CONTEST;
+                if (first < layer->shape.n)
+                    write_stream(writer, weights, group, first, chunk, kind);
+            }
 }
 
 /* ---- writing it all ---- */
@@ -460,7 +469,7 @@ static Written write_program(Layer *layer, const int8_t *weights, bool is_counti
     }
     if (!is_counting) {
         layer->first_entry[channels * layer->chunks] = writer.entry;
-        layer->starts[blocks * layer->chunks * STREAMS] = (Start){writer.step, writer.word};
+        layer->starts[blocks * layer->chunks * PARTS * STREAMS] = (Start){writer.step, writer.word};
     }
     memcpy(layer->planes, writer.set.planes, sizeof layer->planes);
     layer->plane_count = writer.set.count;
@@ -601,7 +610,7 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
     choose_chunks(layer);
     layer->first_entry = allocate(outputs * layer->chunks + 1, sizeof *layer->first_entry);
     layer->starts =
-        allocate(shape->groups * layer->blocks * layer->chunks * STREAMS + 1, sizeof *layer->starts);
+        allocate(shape->groups * layer->blocks * layer->chunks * PARTS * STREAMS + 1, sizeof *layer->starts);
     if (!layer->dense || !layer->entries || !layer->order || !layer->first_entry || !layer->starts) {
         program_release(layer);
         return NULL;
@@ -617,7 +626,7 @@ size_t program_bytes(const Layer *layer) {
     const ConvShape *shape = &layer->shape;
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
     int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * (4 + 8 * layer->chunks);
-    int64_t starts = shape->groups * layer->blocks * layer->chunks * STREAMS;
+    int64_t starts = shape->groups * layer->blocks * layer->chunks * PARTS * STREAMS;
     bytes += starts * (int64_t)sizeof(Start) + 4 * (layer->starts[starts].step + layer->starts[starts].word);
     bytes += layer->first_entry[outputs * layer->chunks] * (int64_t)sizeof(Entry);
     bytes += quads * slots_per_quad(&layer->rule) *
