@@ -69,16 +69,6 @@ void buffer_give(void *buffer) {
     free(header);
 }
 
-static void leave_to_heap(void) {
-    pthread_mutex_lock(&lock);
-    heap_keeps = true;
-    for (int i = 0; i < KEPT; i++) {
-        free(kept[i]);
-        kept[i] = NULL;
-    }
-    pthread_mutex_unlock(&lock);
-}
-
 /* A layer's outputs are a few megabytes each. By default they are mapped afresh, or trimmed off the heap,
  * again and again. */
 void buffers_keep_heap(void) {
@@ -91,6 +81,12 @@ void buffers_keep_heap(void) {
         mallopt(M_TRIM_THRESHOLD, TRIM_BYTES);
         mallopt(M_MMAP_THRESHOLD, MAP_BYTES);
     }
-    leave_to_heap(); /* where it is tuned, too: then the user has said what is to be kept */
+    pthread_mutex_lock(&lock);
+    heap_keeps = true; /* where it is tuned, too: then the user has said what is to be kept */
+    for (int i = 0; i < KEPT; i++) {
+        free(kept[i]);
+        kept[i] = NULL;
+    }
+    pthread_mutex_unlock(&lock);
 #endif
 }

@@ -140,6 +140,8 @@ def print_memory(label: str) -> None:
         child = multiprocessing.get_context("fork").Process(target=measure, args=[threads])
         child.start()
         child.join()
+        if child.exitcode:
+            raise SystemExit(f"measuring {label} at T = {threads} ended with {child.exitcode}")
 
 
 def measure_memory(label: str, environment: Mapping[str, str]) -> dict[int, dict[str, int]]:

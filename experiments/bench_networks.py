@@ -27,7 +27,7 @@ NETWORKS: dict[str, tuple[str, int, int, tuple[float, float, float]]] = {
 
 
 def settle_statistics(model: torch.nn.Module, images: torch.Tensor) -> torch.nn.Module:
-    """Give BatchNorm layers the images' statistics, as training would, and go to evaluation mode."""
+    """Give BatchNorm layers the images' statistics, as training would, in evaluation mode."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None

@@ -22,9 +22,9 @@ from sysmt.hw.energy import EnergyTable, load_table
 from sysmt.hw.kernels import keep_heap
 from sysmt.hw.memory import Memory
 from sysmt.hw.operands import MAX_K
+from sysmt.nn.blocks import FusedBlock, known_forward
 from sysmt.nn.calibration import RangeObserver, WideObserver, image_batches, run_observed
 from sysmt.nn.energy import layer_energy
-from sysmt.nn.epilogue import settled
 from sysmt.nn.layers import CapturedGemm, HookedLayer
 from sysmt.nn.lowering import LayerGeometry
 from sysmt.quant.uniform import ActivationRange
@@ -71,9 +71,10 @@ def attach(
     per_channel : bool
         Weight scales per output channel (as in the papers) or per layer.
     fuse : bool
-        Do a BatchNorm (in evaluation mode) and a ReLU that directly follow a convolution while it stores
-        its output, where no gradients are recorded. No bit changes, but torch does not run them, and so
-        profilers do not see them.
+        Do a BatchNorm (in evaluation mode) and a ReLU that directly follow a simulated convolution while
+        it stores its output, where no gradients are recorded: in ``nn.Sequential`` and in the blocks of
+        `sysmt.nn.blocks.FORWARDS`, unless a module concerned has hooks. No bit changes; torch's profiler
+        does not see them.
 
     Returns
     -------
@@ -150,8 +151,6 @@ class Simulation:
         self.errors = errors
         self.per_channel = per_channel
         self.fuse = fuse
-        self.is_inside = False
-        """Whether the model's own forward is at work, and not one of its modules alone."""
         self._include_first = first
         self._first_name: str | None = None
         self._reorder = False
@@ -172,10 +171,7 @@ class Simulation:
         self._attached = True
         self._images = 0
         self._forward_begins = False
-        self._hooks = [
-            model.register_forward_pre_hook(self._begin_forward),
-            model.register_forward_hook(self._end_forward, always_call=True),
-        ]
+        self._hook = model.register_forward_pre_hook(self._begin_forward)
         # torch's fast path of attention layers reads weights past the modules that hold them.
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
@@ -183,13 +179,14 @@ class Simulation:
         keep_heap()
         for layer in self.layers.values():
             layer.module.forward = layer  # type: ignore[method-assign]
+        self._blocks = []
+        for module in model.modules():
+            if (forward := known_forward(module)) is not None:
+                self._blocks.append(FusedBlock(self, module, forward))
+                module.forward = self._blocks[-1]
 
     def _begin_forward(self, *_: Any) -> None:
-        self._forward_begins = self.is_inside = True
-
-    def _end_forward(self, _module: nn.Module, _inputs: Any, outputs: Any) -> Any:
-        self.is_inside = False
-        return settled(outputs)
+        self._forward_begins = True
 
     def _add_layer(self, name: str, module: nn.Module, linear: bool, depthwise: bool, excluded: bool) -> None:
         if isinstance(module.__dict__.get("forward"), HookedLayer):
@@ -254,14 +251,21 @@ class Simulation:
         """
         if self._attached:
             self._attached = False
-            for hook in self._hooks:
-                hook.remove()
+            self._hook.remove()
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
+        for block in self._blocks:
+            if block.module.__dict__.get("forward") is block:
+                del block.module.forward
         for layer in self.layers.values():
             if layer.module.__dict__.get("forward") is layer:
                 del layer.module.forward
                 if layer.module.forward != layer.original_forward:
                     layer.module.forward = layer.original_forward
+
+    @property
+    def knows_first(self) -> bool:
+        """Whether it is settled which convolution is the first."""
+        return self._include_first or self._first_name is not None
 
     def note_execution(self, layer: HookedLayer, images: int = 0) -> None:
         """Count the images of a forward, and leave the first convolution in float unless ``first=True``."""

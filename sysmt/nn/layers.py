@@ -24,7 +24,7 @@ from sysmt.hw.gemm import gemm_stats
 from sysmt.hw.kernels import PackedConv, fingerprint
 from sysmt.hw.reorder import order_from_wide_counts
 from sysmt.hw.stats import Counters, GemmStats
-from sysmt.nn.epilogue import NOTHING, Epilogue, EpiloguePlan, GuardedOutput, LayerRun
+from sysmt.nn.epilogue import NOTHING, Epilogue
 from sysmt.nn.lowering import LayerGeometry, im2col
 from sysmt.quant.error import sqnr_db_from_energies
 from sysmt.quant.uniform import ActivationRange, quantize_activations, quantize_weights, weight_scales
@@ -93,7 +93,6 @@ class HookedLayer:
         self.own_weight_scales: np.ndarray | None = None
         """Float32 (N,): scales that were set, instead of those that follow from the weights."""
         self._warned_negative = False
-        self._plan = EpiloguePlan(simulation.model)
         self.reset()
 
     # -- what was counted ----------------------------------------------------------------------
@@ -127,8 +126,8 @@ class HookedLayer:
 
     # -- what runs -----------------------------------------------------------------------------
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        """Run the layer: in float, observed, or on the array."""
+    def __call__(self, input: torch.Tensor, epilogue: Epilogue = NOTHING) -> torch.Tensor:
+        """Run the layer: in float, observed, or on the array; only there, and if asked, with an epilogue."""
         self.simulation.note_execution(self, self._as_images(input).shape[0])
         if self.reason is not None:
             self._count_float(input)
@@ -137,9 +136,9 @@ class HookedLayer:
         if self.observer is not None:
             self.observer.observe(self._as_images(input.detach()))
             return self.original_forward(input)
-        return self._simulate(input)
+        return self._simulate(input, epilogue)
 
-    def _simulate(self, x: torch.Tensor) -> torch.Tensor:
+    def _simulate(self, x: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         self._refresh_geometry()
         if self.range is None:
             raise CalibrationError(
@@ -154,35 +153,26 @@ class HookedLayer:
                 f"layer {self.name!r}: input of {height} x {width} is too small for its kernel"
             )
         captures = self._due_captures(images)
-        is_guarded = self._may_be_guarded(x)
-        epilogue = self._plan.due() if is_guarded else NOTHING
         y = self._run(images, self.threads, count=True, epilogue=epilogue)
         if self.simulation.errors:
             exact = y if self.threads == 1 else self._run(images, 1, count=False)
             self._compare(y, exact)
         self._fill_captures(captures, images)
-        if is_guarded:
-            again = functools.partial(self._run_again, threads=self.threads)
-            return GuardedOutput(LayerRun(self.name, self._plan, epilogue, y, images, again))
         result = self._from_images(y, x)
         wanting = [t for t in (x, self.module.weight, self.module.bias) if t is not None and t.requires_grad]
         if torch.is_grad_enabled() and wanting:
             result = _NoGradient.apply(result, self.name, *wanting)  # type: ignore[no-untyped-call]
         return result
 
-    def _may_be_guarded(self, x: torch.Tensor) -> bool:
-        """Whether what follows may be done here: nobody but the model sees the output, and no gradient."""
-        simulation = self.simulation
+    def takes_epilogue(self, x: torch.Tensor) -> bool:
+        """Whether the next call will run on the array, and images as they are go in and out."""
         return (
-            self._plan.is_open
-            and simulation.is_inside
-            and simulation.fuse
-            and not simulation.errors
-            and x.ndim == 4
+            self.reason is None
+            and self.observer is None
+            and self.range is not None
+            and self.simulation.knows_first
             and isinstance(self.module, nn.Conv2d)
-            and not self.module._forward_hooks
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
+            and x.ndim == 4
         )
 
     def _run(
@@ -224,9 +214,6 @@ class HookedLayer:
             assert result.counters is not None
             self._count(result.counters, images.shape[0], out_size)
         return y
-
-    def _run_again(self, images: torch.Tensor, epilogue: Epilogue, threads: int) -> torch.Tensor:
-        return self._run(images, threads, count=False, epilogue=epilogue)
 
     def _count(self, counters: Any, image_count: int, out_size: tuple[int, int]) -> None:
         m, n, k = out_size[0] * out_size[1], self.geometry.gemm_n, self.geometry.gemm_k

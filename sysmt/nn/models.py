@@ -57,11 +57,15 @@ class BasicBlock(nn.Module):
         """Map (N, in_channels, H, W) to (N, out_channels, ⌈H / stride⌉, ⌈W / stride⌉)."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Map the block's input to the shape of its output."""
         below = self.new_channels // 2
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        if self.new_channels:
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, below, self.new_channels - below))
-        return F.relu(y + shortcut)
+        pixels = x[:, :, :: self.stride, :: self.stride]
+        if not self.new_channels:
+            return pixels
+        return F.pad(pixels, (0, 0, 0, 0, below, self.new_channels - below))
 
 
 class SmallResNet(nn.Module):

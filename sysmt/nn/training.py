@@ -511,7 +511,7 @@ def _parse_device(device: str | torch.device) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError, TypeError) as error:
+    except (AssertionError, ImportError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"device={device!r} is not possible here ({reason}); 'auto', 'cpu' or 'cuda'"
