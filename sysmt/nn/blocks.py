@@ -132,7 +132,7 @@ def _bottleneck(block: Any, x: Tensor) -> Tensor:
 def _small_block(block: Any, x: Tensor) -> Tensor:
     y = _follow(x, block.conv1, block.bn1, F.relu)
     y = _follow(y, block.conv2, block.bn2)
-    return F.relu(y + block.shortcut(x))
+    return torch.relu_(y + block.shortcut(x))  # in place: nobody else has the sum
 
 
 _RESIDUAL = ("conv1", "bn1", "relu", "conv2", "bn2")

@@ -64,7 +64,7 @@ def fixed_affine(module: nn.BatchNorm2d) -> Affine | None:
         one = torch.ones(1, mean.numel(), 1, 1, dtype=torch.float32)
         centre = torch.zeros_like(mean)
         gain = F.batch_norm(one, centre, var, weight, None, eps=module.eps)
-        if not bool(gain.isfinite().all()):
+        if not np.isfinite(gain.numpy()).all():
             return None
         zero = torch.copysign(0 * one, -gain)  # gain * zero is -0, which leaves even a shift of -0 as it is
         shift = F.batch_norm(zero, mean, var, weight, bias, eps=module.eps)
