@@ -45,7 +45,7 @@ typedef struct {
 enum { STEP_BITS = 24 };
 
 /* Flags of a position, by weight pattern: whether two, or three, of the weights meet a non-zero activation.
- */
+ * Three of four weights are the sign of 16 bits, which AVX2 tests for nothing. */
 static const uint16_t TWO_FLAG[PATTERNS] = {[3] = 1 << 0,  [5] = 1 << 1,  [6] = 1 << 2,  [7] = 1 << 3,
                                             [9] = 1 << 4,  [10] = 1 << 5, [11] = 1 << 6, [12] = 1 << 7,
                                             [13] = 1 << 8, [14] = 1 << 9, [15] = 1 << 10};

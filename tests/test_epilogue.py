@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_networks import settle_statistics
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,16 +28,12 @@ def images(batch: int = 2, channels: int = 3, size: int = 9) -> Tensor:
 def trained(model: nn.Module, x: Tensor) -> nn.Module:
     """Give BatchNorm layers statistics of the model's own, weights of all signs and a zero of each sign."""
     for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None
-            if layer.affine:
-                nn.init.normal_(layer.weight)
-                nn.init.normal_(layer.bias)
-                with torch.no_grad():
-                    layer.weight[0], layer.bias[0], layer.bias[-1] = 0, -0.0, 0
-    with torch.no_grad():
-        model.train()(x)
-    return model.eval()
+        if isinstance(layer, nn.BatchNorm2d) and layer.affine:
+            nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.bias)
+            with torch.no_grad():
+                layer.weight[0], layer.bias[0], layer.bias[-1] = 0, -0.0, 0
+    return settle_statistics(model, x)
 
 
 def attached(model: nn.Module, threads: int = 4, fuse: bool = True) -> sysmt.Simulation:

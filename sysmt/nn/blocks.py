@@ -55,7 +55,7 @@ def _is_unobserved() -> bool:
     )
 
 
-def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is torch's own, and without hooks."""
     return type(module) is kind and not (
         module._forward_hooks
@@ -114,19 +114,20 @@ def _basic_convolution(block: Any, x: Tensor) -> Tensor:
     return _follow(x, block.conv, block.bn, _relu_in_place)
 
 
-def _basic_block(block: Any, x: Tensor) -> Tensor:
-    y = _follow(x, block.conv1, block.bn1, block.relu)
-    y = _follow(y, block.conv2, block.bn2)
+def _add_shortcut(block: Any, y: Tensor, x: Tensor) -> Tensor:
     y += x if block.downsample is None else block.downsample(x)
     return block.relu(y)  # type: ignore[no-any-return]
+
+
+def _basic_block(block: Any, x: Tensor) -> Tensor:
+    y = _follow(x, block.conv1, block.bn1, block.relu)
+    return _add_shortcut(block, _follow(y, block.conv2, block.bn2), x)
 
 
 def _bottleneck(block: Any, x: Tensor) -> Tensor:
     y = _follow(x, block.conv1, block.bn1, block.relu)
     y = _follow(y, block.conv2, block.bn2, block.relu)
-    y = _follow(y, block.conv3, block.bn3)
-    y += x if block.downsample is None else block.downsample(x)
-    return block.relu(y)  # type: ignore[no-any-return]
+    return _add_shortcut(block, _follow(y, block.conv3, block.bn3), x)
 
 
 def _small_block(block: Any, x: Tensor) -> Tensor:
