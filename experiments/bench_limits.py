@@ -23,7 +23,7 @@ from bench_kernels import draw_operands
 from bench_networks import settle_statistics
 
 import sysmt
-from sysmt.nn.models import build_model
+from sysmt.nn.networks.models import build_model
 
 Row = dict[str, Any]
 

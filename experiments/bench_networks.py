@@ -10,7 +10,7 @@ import torch
 from bench_clock import take_turns
 
 import sysmt
-from sysmt.nn.models import build_model
+from sysmt.nn.networks.models import build_model
 
 Row = dict[str, Any]
 

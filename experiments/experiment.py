@@ -17,7 +17,7 @@ from sysmt.cli.app import say
 from sysmt.errors import ConfigError, SysmtError
 from sysmt.study.ledger import Ledger
 from sysmt.study.run_config import RunConfig
-from sysmt.study.subject import Subject
+from sysmt.study.workload import Subject
 
 OPTIONS = (
     *options.NETWORK,

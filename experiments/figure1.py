@@ -19,13 +19,13 @@ from experiment import Preset, Quick, Workload, markdown, percent
 
 from sysmt.cli.app import say
 from sysmt.cli.options import takes
-from sysmt.nn.checkpoints import save_weights
-from sysmt.nn.pruning import make_permanent, prune_model
-from sysmt.nn.training import train
+from sysmt.nn.networks.checkpoints import save_weights
+from sysmt.nn.networks.pruning import make_permanent, prune_model
+from sysmt.nn.networks.training import train
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import open_workload
-from sysmt.study.plots_study import plot_accuracy_speedup
-from sysmt.study.results import provenance
+from sysmt.study.plots.study import plot_accuracy_speedup
+from sysmt.study.run_directory import provenance
 from sysmt.study.search import (
     SearchConfig,
     front_table,

@@ -36,18 +36,18 @@ from small_trainings import (
 from torch import nn
 
 from sysmt.errors import ConfigError
-from sysmt.nn.batch_statistics import BatchStatistics
-from sysmt.nn.models import VGG7
-from sysmt.nn.quantized_training import (
+from sysmt.nn.batchnorm.training_statistics import BatchStatistics
+from sysmt.nn.low_bit.straight_through import (
     ActivationQuantizer,
     BinaryWeight,
     per_image_standardization,
     quantize_network,
 )
-from sysmt.nn.training import History
+from sysmt.nn.networks.models import VGG7
+from sysmt.nn.networks.training import History
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots import COLOURS, MARKERS, figure
+from sysmt.study.plots.run import COLOURS, MARKERS, figure
 
 KEYS = ("variant", "schedule", "statistics", "run")
 FLOAT, USUAL = "float", "channelwise"

@@ -25,15 +25,15 @@ from torch import nn
 from sysmt.cli import options
 from sysmt.cli.options import takes
 from sysmt.errors import ConfigError, DivergedError
-from sysmt.nn.data import ImageData
-from sysmt.nn.low_precision_batchnorm import convert_batchnorm, quantize_gradients, restore_batchnorm
-from sysmt.nn.models import SmallResNet, build_model
-from sysmt.nn.packed_activations import saved_bytes
-from sysmt.nn.training import evaluate, train
+from sysmt.nn.data.labelled_images import ImageData
+from sysmt.nn.low_bit.low_precision_batchnorm import convert_batchnorm, quantize_gradients, restore_batchnorm
+from sysmt.nn.low_bit.packed_activations import saved_bytes
+from sysmt.nn.networks.models import SmallResNet, build_model
+from sysmt.nn.networks.training import evaluate, train
 from sysmt.progress import Bar, progress_bar
 from sysmt.quant.logscale import FORMATS
 from sysmt.study.ledger import Ledger
-from sysmt.study.subject import Subject
+from sysmt.study.workload import Subject
 
 PARTS = ("figure2", "table3", "retrofit", "memory")
 SHARED = ("resnet20",)

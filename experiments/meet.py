@@ -35,17 +35,22 @@ from torch import Tensor, nn
 
 from sysmt.cli.options import takes
 from sysmt.errors import ConfigError, nearest
-from sysmt.nn.batchnorm import load_statistics, recalibrate_batchnorm, save_statistics
-from sysmt.nn.checkpoints import load_weights, save_weights
-from sysmt.nn.frontend import Simulation
-from sysmt.nn.quantized_training import ActivationQuantizer, TernaryWeight, bake_weights, quantize_network
-from sysmt.nn.training import train
+from sysmt.nn.array.simulation import Simulation
+from sysmt.nn.batchnorm.recalibration import load_statistics, recalibrate_batchnorm, save_statistics
+from sysmt.nn.low_bit.straight_through import (
+    ActivationQuantizer,
+    TernaryWeight,
+    bake_weights,
+    quantize_network,
+)
+from sysmt.nn.networks.checkpoints import load_weights, save_weights
+from sysmt.nn.networks.training import train
 from sysmt.progress import Bar, progress_bar
 from sysmt.quant.logscale import approximate
 from sysmt.quant.uniform import ActivationRange, quantize_weights, weight_scales
 from sysmt.study.evaluate import array_facts, paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
 
 KEYS = ("network", "scheme", "codes", "policy", "threads", "statistics")
 FLOAT, GRID, MIN_MAX = "float", "grid", "min-max"

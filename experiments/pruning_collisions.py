@@ -22,14 +22,14 @@ from torch import nn
 
 from sysmt.cli.options import takes
 from sysmt.errors import ConfigError
-from sysmt.nn.checkpoints import load_weights, save_weights
-from sysmt.nn.frontend import Simulation
-from sysmt.nn.pruning import make_permanent, prune_model, sparsity_report
-from sysmt.nn.training import train
+from sysmt.nn.array.simulation import Simulation
+from sysmt.nn.networks.checkpoints import load_weights, save_weights
+from sysmt.nn.networks.pruning import make_permanent, prune_model, sparsity_report
+from sysmt.nn.networks.training import train
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import array_facts, paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
 from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "retrained", "sparsity", "setting", "recalibrated")

@@ -22,13 +22,13 @@ from experiment import Preset, Quick, Workload, markdown, percent
 from sysmt.cli.app import say
 from sysmt.cli.options import takes
 from sysmt.progress import Bar, progress_bar
-from sysmt.study.assign import write_threads_map
-from sysmt.study.front import Reference, held_out_hypervolume, hypervolume, share_covered
-from sysmt.study.plots_study import plot_accuracy_speedup, plot_hypervolume, plot_sensitivities, plot_threads
-from sysmt.study.results import provenance
+from sysmt.study.pareto import Reference, held_out_hypervolume, hypervolume, share_covered
+from sysmt.study.plots.study import plot_accuracy_speedup, plot_hypervolume, plot_sensitivities, plot_threads
+from sysmt.study.run_directory import provenance
 from sysmt.study.search import BASELINES, SEARCH, SearchConfig, choose, front_table, run_baselines, run_search
 from sysmt.study.store import LAYER, Point, Store
 from sysmt.study.sweep import Bench, uniform
+from sysmt.study.thread_maps import write_threads_map
 from sysmt.study.worker import Worker
 
 SHARED = ("resnet20", "resnet32")

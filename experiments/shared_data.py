@@ -16,10 +16,10 @@ from pathlib import Path
 
 from sysmt.errors import ConfigError, DataError, nearest
 from sysmt.files import cache_directory
-from sysmt.nn.checkpoints import save_weights
-from sysmt.nn.data import open_data
-from sysmt.nn.models import load_model
-from sysmt.nn.training import train
+from sysmt.nn.data.labelled_images import open_data
+from sysmt.nn.networks.checkpoints import save_weights
+from sysmt.nn.networks.models import load_model
+from sysmt.nn.networks.training import train
 
 FINE_TUNING = {"epochs": 3, "lr": 0.03}
 """Of ResNet-20 on the 50,000 JPEG training images: SGD, one cycle up to this learning rate."""

@@ -15,8 +15,8 @@ from torch import nn
 from sysmt.cli.app import say
 from sysmt.errors import ConfigError, DivergedError, nearest
 from sysmt.files import cache_directory
-from sysmt.nn.data import ImageData, open_data
-from sysmt.nn.training import History, train
+from sysmt.nn.data.labelled_images import ImageData, open_data
+from sysmt.nn.networks.training import History, train
 from sysmt.study.ledger import Ledger
 
 Data = Annotated[
@@ -121,7 +121,7 @@ def learn(
     point : mapping
         The point's key.
     **options
-        Of `sysmt.nn.training.train`.
+        Of `sysmt.nn.networks.training.train`.
 
     Returns
     -------

@@ -25,13 +25,13 @@ from matplotlib.axes import Axes
 
 from sysmt.cli.options import takes
 from sysmt.errors import ConfigError
-from sysmt.nn.qnetwork import QNetwork
+from sysmt.nn.low_bit.integer_network import QNetwork
 from sysmt.progress import Bar, progress_bar
 from sysmt.quant.error import sqnr_db
 from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.subject import Subject
+from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.workload import Subject
 
 KEYS = ("network", "bits", "threads", "run")
 FLOAT, PLAIN, RECALIBRATED, ISOLATED, ROUNDED = (

@@ -18,14 +18,14 @@ import typer
 from experiment import Out, Preset, Quick, Workload, markdown, percent, signed
 
 from sysmt.cli.options import takes
-from sysmt.nn.frontend import Simulation
+from sysmt.nn.array.simulation import Simulation
 from sysmt.progress import Bar, progress_bar
-from sysmt.study.assign import measure_errors, throttle
 from sysmt.study.evaluate import array_facts, paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots import COLOURS, MARKERS, figure
+from sysmt.study.plots.run import COLOURS, MARKERS, figure
 from sysmt.study.run_config import RECALIBRATION_MODES
-from sysmt.study.subject import Subject
+from sysmt.study.thread_maps import measure_errors, throttle
+from sysmt.study.workload import Subject
 
 KEYS = ("network", "setting", "recalibrated", "seed")
 THREADS = {"FP32": 0, "A8W8": 1, "2T": 2, "4T": 4, "2T†": 2, "4T†": 4}

@@ -37,18 +37,18 @@ from small_trainings import (
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sysmt.nn.gradients import GradientRecorder, predict_variances
-from sysmt.nn.models import VGG7, MobileNetV1, SmallResNet
-from sysmt.nn.quantized_training import (
+from sysmt.nn.low_bit.gradient_variance import GradientRecorder, predict_variances
+from sysmt.nn.low_bit.straight_through import (
     TernaryThreshold,
     TernaryWeight,
     initialise_uniform,
     quantize_network,
     remove_batchnorm,
 )
+from sysmt.nn.networks.models import VGG7, MobileNetV1, SmallResNet
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots import COLOURS, figure
+from sysmt.study.plots.run import COLOURS, figure
 
 KEYS = ("network", "column", "seed")
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from sysmt.hw.gemm import GemmResult, simulate_gemm
     from sysmt.hw.kernels import active_path, available_paths
     from sysmt.hw.stats import Counters, GemmStats
-    from sysmt.nn.batchnorm import recalibrate_batchnorm
-    from sysmt.nn.folding import fold_batchnorm
-    from sysmt.nn.frontend import Simulation, attach
+    from sysmt.nn.array.simulation import Simulation, attach
+    from sysmt.nn.batchnorm.folding import fold_batchnorm
+    from sysmt.nn.batchnorm.recalibration import recalibrate_batchnorm
     from sysmt.quant.uniform import ActivationRange
 
 # Loaded on first use: whoever needs the machine alone does not wait for torch.
@@ -47,9 +47,9 @@ _HOMES = {
     "sysmt.hw.gemm": ("GemmResult", "simulate_gemm"),
     "sysmt.hw.kernels": ("active_path", "available_paths"),
     "sysmt.hw.stats": ("Counters", "GemmStats"),
-    "sysmt.nn.batchnorm": ("recalibrate_batchnorm",),
-    "sysmt.nn.folding": ("fold_batchnorm",),
-    "sysmt.nn.frontend": ("Simulation", "attach"),
+    "sysmt.nn.batchnorm.recalibration": ("recalibrate_batchnorm",),
+    "sysmt.nn.batchnorm.folding": ("fold_batchnorm",),
+    "sysmt.nn.array.simulation": ("Simulation", "attach"),
     "sysmt.quant.uniform": ("ActivationRange",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

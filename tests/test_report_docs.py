@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import sysmt
-from sysmt.hw.energy import TABLES, load_table
-from sysmt.hw.layer import Layer
-from sysmt.hw.memory import Memory
-from sysmt.hw.reports import REPORTS, smt_row
+from sysmt.cost.energy import TABLES, load_table
+from sysmt.cost.layer_shape import Layer
+from sysmt.cost.memory import Memory
 from sysmt.hw.trace import CSV_COLUMNS, trace_tile
-from sysmt.hw.workload import draw_operands, simulate_layer
+from sysmt.scalesim.reports import REPORTS, smt_row
+from sysmt.scalesim.simulate import draw_operands, simulate_layer
 from sysmt.study.evaluate import array_facts
-from sysmt.study.plots_trace import pe_table
+from sysmt.study.plots.trace import pe_table
 
 DOCS = (Path(__file__).parent.parent / "docs" / "reports.md").read_text()
 NAMED = set(re.findall(r"`([^`]+)`", DOCS)) | {f"active_{c}" for c in range(5)}

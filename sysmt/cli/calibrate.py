@@ -34,9 +34,9 @@ def calibrate(
     others. With --recalibrate it holds BatchNorm statistics recalibrated at --threads.
     """
     config = RunConfig.from_record(chosen | {"threads": (parse_threads(threads),)})
-    from sysmt.nn.calibration_file import check_suffix, save_calibration
+    from sysmt.nn.array.calibration_file import check_suffix, save_calibration
     from sysmt.study.evaluate import Job
-    from sysmt.study.results import check_writable
+    from sysmt.study.run_directory import check_writable
 
     check_suffix(out)
     check_writable(out)

@@ -71,12 +71,12 @@ def gemm(
 
     from sysmt.hw.gemm import simulate_gemm
     from sysmt.hw.timing import slot_count, tile_count
-    from sysmt.hw.workload import draw_matrices, read_matrix
+    from sysmt.scalesim.simulate import draw_matrices, read_matrix
 
     config = ArrayConfig(threads=parse_threads(threads), **chosen)
     directory = None
     if out is not None:
-        from sysmt.study.results import RunDirectory
+        from sysmt.study.run_directory import RunDirectory
 
         directory = RunDirectory(out, overwrite=overwrite, stale=("gemm.csv", "gemm.json", "product.npy"))
     try:
@@ -116,10 +116,10 @@ def gemm(
 
 def _energy(stats: GemmStats, config: ArrayConfig, m: int, n: int, k: int) -> dict[str, float]:
     """Price the GEMM by the 45 nm table, with the memories' defaults."""
-    from sysmt.hw.energy import load_table
-    from sysmt.hw.events import count_events
-    from sysmt.hw.layer import Layer
-    from sysmt.hw.memory import Memory
+    from sysmt.cost.energy import load_table
+    from sysmt.cost.events import count_events
+    from sysmt.cost.layer_shape import Layer
+    from sysmt.cost.memory import Memory
 
     if not stats.macs:
         return {"energy_pj": 0.0, "energy_delay_pj_cycles": 0.0}

@@ -57,7 +57,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _processor() -> dict[str, Any]:
-    from sysmt.study.results import processor_name
+    from sysmt.study.run_directory import processor_name
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"processor": processor_name(), "cpus_usable": usable, "system": platform.platform()}
@@ -70,7 +70,7 @@ def _libraries() -> dict[str, Any]:
     from sysmt.files import cache_directory
 
     try:
-        from sysmt.nn.vision import torchvision
+        from sysmt.nn.torchvision_import import torchvision
 
         vision = torchvision.__version__
     except Exception as error:  # whatever a broken installation raises is the answer here

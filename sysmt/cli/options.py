@@ -243,7 +243,7 @@ def config_values(context: typer.Context, values: dict[str, Any]) -> dict[str, A
         if name == "threads":
             value = _parse_list(value)
         elif name == "threads_map":
-            from sysmt.study.assign import read_threads_map
+            from sysmt.study.thread_maps import read_threads_map
 
             value = read_threads_map(value)
         chosen[name] = value

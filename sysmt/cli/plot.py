@@ -21,8 +21,8 @@ def plot(
     ] = None,
 ) -> None:
     """Draw the plots of a run, sweep or search again, from its tables."""
-    from sysmt.study.plots import draw_run
-    from sysmt.study.plots_study import draw_study
+    from sysmt.study.plots.run import draw_run
+    from sysmt.study.plots.study import draw_study
 
     is_study = (directory / "points.csv").is_file()
     for path in draw_study(directory, title or "") if is_study else draw_run(directory, title):

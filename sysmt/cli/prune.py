@@ -58,11 +58,11 @@ def prune(
         raise ConfigError(
             "a --schedule of several steps needs --epochs: without training its last step is all"
         )
-    from sysmt.nn.checkpoints import save_weights
-    from sysmt.nn.pruning import make_permanent, prune_and_retrain, prune_model, sparsity_report
-    from sysmt.nn.training import evaluate, train
+    from sysmt.nn.networks.checkpoints import save_weights
+    from sysmt.nn.networks.pruning import make_permanent, prune_and_retrain, prune_model, sparsity_report
+    from sysmt.nn.networks.training import evaluate, train
     from sysmt.study.evaluate import open_workload
-    from sysmt.study.results import check_writable
+    from sysmt.study.run_directory import check_writable
 
     check_writable(out)
     model, data = open_workload(config)

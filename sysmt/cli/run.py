@@ -58,7 +58,7 @@ def run(
     """
     from sysmt.study import run as study
     from sysmt.study.evaluate import Job
-    from sysmt.study.results import RunDirectory
+    from sysmt.study.run_directory import RunDirectory
 
     recorded, made_by = study.read_config(config) if config is not None else ({}, {})
     settings = RunConfig.from_record(recorded | chosen, str(config) if config else "")

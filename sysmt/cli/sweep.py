@@ -104,7 +104,7 @@ def sweep(
     goes on, and no finished point is evaluated again. Any number of processes and machines
     can work on one study (--workers, --join).
     """
-    from sysmt.study.results import check_writable
+    from sysmt.study.run_directory import check_writable
 
     if export is not None:
         check_writable(export)

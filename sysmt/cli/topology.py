@@ -13,7 +13,7 @@ from sysmt.config import ArrayConfig, Drain, parse_count, parse_threads
 from sysmt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sysmt.hw.workload import LayerResult
+    from sysmt.scalesim.simulate import LayerResult
 
 __all__ = ["topology"]
 
@@ -115,14 +115,14 @@ def topology(
     import dataclasses
     import os
 
-    from sysmt.hw.energy import accelergy_yaml, load_table
-    from sysmt.hw.events import EventCounts
-    from sysmt.hw.reports import REPORTS, smt_report
-    from sysmt.hw.scalesim import read_config
-    from sysmt.hw.topology import read_topology
-    from sysmt.hw.workload import draw_operands, read_operands, simulate_layer
+    from sysmt.cost.energy import accelergy_yaml, load_table
+    from sysmt.cost.events import EventCounts
     from sysmt.progress import progress_bar
-    from sysmt.study.results import RunDirectory
+    from sysmt.scalesim.config_file import read_config
+    from sysmt.scalesim.reports import REPORTS, smt_report
+    from sysmt.scalesim.simulate import draw_operands, read_operands, simulate_layer
+    from sysmt.scalesim.topology_file import read_topology
+    from sysmt.study.run_directory import RunDirectory
 
     machine = read_config(config)
     layers = read_topology(topology)
@@ -159,7 +159,7 @@ def topology(
 
 
 def _export(model: str, image_size: int | None, out: Path | None) -> None:
-    from sysmt.nn.topology import export_named
+    from sysmt.nn.array.topology_export import export_named
 
     exported = export_named(model, image_size)
     for note in exported.notes:

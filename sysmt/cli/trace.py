@@ -87,8 +87,8 @@ def trace(
     import pandas as pd
 
     from sysmt.hw.trace import trace_tile
-    from sysmt.study.results import RunDirectory
     from sysmt.study.run_config import RunConfig
+    from sysmt.study.run_directory import RunDirectory
 
     row, col = _pair(tile, "tile")
     shown = None if cycles is None else _pair(cycles, "cycles")
@@ -101,7 +101,7 @@ def trace(
             what = layer
             a_mk, b_kn, array, order = _captured(config, layer, image, group)
         else:
-            from sysmt.hw.workload import read_matrix
+            from sysmt.scalesim.simulate import read_matrix
 
             assert a is not None
             assert b is not None
@@ -116,7 +116,7 @@ def trace(
         if vcd:
             with directory.file("trace.vcd") as temporary, temporary.open("w", encoding="utf-8") as file:
                 seen.write_vcd(file, *(shown or ()))
-        from sysmt.study.plots_trace import pe_table, plot_pe_collisions, plot_utilization
+        from sysmt.study.plots.trace import pe_table, plot_pe_collisions, plot_utilization
 
         table, pes = pd.read_csv(directory.path / "trace.csv"), pe_table(seen.activity)
         directory.write_csv("pes.csv", pes)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sysmt.config import ArrayConfig, Engine, parse_count, parse_name
 from sysmt.errors import ConfigError
-from sysmt.hw import array, cycle, reference
+from sysmt.hw import cycle, fast, reference
 from sysmt.hw.kernels import active_path
 from sysmt.hw.operands import apply_order, check_operands, check_order
 from sysmt.hw.stats import Counters, GemmStats
@@ -113,7 +113,7 @@ def simulate_gemm(
         return GemmResult(np.zeros((m, n), np.int32), GemmStats((0,) * (config.threads + 1)))
     activity = None
     if engine is Engine.FAST:
-        out_mn, counters = array.simulate(a, b, config, order=order, cpu_threads=cpu_threads)
+        out_mn, counters = fast.simulate(a, b, config, order=order, cpu_threads=cpu_threads)
     else:
         a, b = apply_order(a, b, order, config.threads)
         if engine is Engine.REFERENCE:

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sysmt.nn.low_precision_batchnorm import LowPrecisionBatchNorm1d as LowPrecisionBatchNorm1d
-    from sysmt.nn.low_precision_batchnorm import LowPrecisionBatchNorm2d as LowPrecisionBatchNorm2d
+    from sysmt.nn.low_bit.low_precision_batchnorm import LowPrecisionBatchNorm1d as LowPrecisionBatchNorm1d
+    from sysmt.nn.low_bit.low_precision_batchnorm import LowPrecisionBatchNorm2d as LowPrecisionBatchNorm2d
 
 _LAYERS = ("LowPrecisionBatchNorm1d", "LowPrecisionBatchNorm2d")
 
@@ -12,6 +12,6 @@ _LAYERS = ("LowPrecisionBatchNorm1d", "LowPrecisionBatchNorm2d")
 def __getattr__(name: str) -> Any:
     if name not in _LAYERS:  # loaded on first use: the package itself stays quick to import
         raise AttributeError(f"module 'sysmt.nn' has no attribute {name!r}")
-    from sysmt.nn import low_precision_batchnorm
+    from sysmt.nn.low_bit import low_precision_batchnorm
 
     return getattr(low_precision_batchnorm, name)

@@ -202,7 +202,7 @@ def approximate(x: Array, fmt: str | NumberFormat) -> Array:
     -------
     ndarray or Tensor
         Same kind, shape, dtype and device. Infinities become the outermost levels; NaN stays NaN. It
-        carries no gradient: `sysmt.nn.low_precision_batchnorm` has the layers that pass one through.
+        carries no gradient: `sysmt.nn.low_bit.low_precision_batchnorm` has the layers that pass one through.
 
     Raises
     ------

@@ -12,22 +12,22 @@ import pandas as pd
 import torch
 from torch import nn
 
+from sysmt.cost.energy import EnergyTable, load_table
 from sysmt.errors import ConfigError
-from sysmt.hw.energy import EnergyTable, load_table
 from sysmt.hw.stats import GemmStats
-from sysmt.nn.batchnorm import load_statistics, recalibrate_batchnorm, save_statistics
-from sysmt.nn.calibration_file import load_calibration
-from sysmt.nn.checkpoints import weights_hash
-from sysmt.nn.data import ImageData, Loader, open_data
-from sysmt.nn.digits import trained_digits
-from sysmt.nn.energy import energy_facts
-from sysmt.nn.frontend import Simulation, attach
-from sysmt.nn.models import build_model, load_model
-from sysmt.nn.pruning import prune_model
-from sysmt.nn.training import Evaluation, evaluate
+from sysmt.nn.array.calibration_file import load_calibration
+from sysmt.nn.array.layer_energy import energy_facts
+from sysmt.nn.array.simulation import Simulation, attach
+from sysmt.nn.batchnorm.recalibration import load_statistics, recalibrate_batchnorm, save_statistics
+from sysmt.nn.data.labelled_images import ImageData, Loader, open_data
+from sysmt.nn.networks.checkpoints import weights_hash
+from sysmt.nn.networks.digits import trained_digits
+from sysmt.nn.networks.models import build_model, load_model
+from sysmt.nn.networks.pruning import prune_model
+from sysmt.nn.networks.training import Evaluation, evaluate
 from sysmt.progress import Counted, progress_bar
-from sysmt.study.assign import measure_errors, throttle
 from sysmt.study.run_config import RANDOM_WEIGHTS, RunConfig, Setting
+from sysmt.study.thread_maps import measure_errors, throttle
 
 __all__ = [
     "FLOAT",

@@ -23,7 +23,7 @@ import pandas as pd
 import tomli_w
 
 from sysmt.errors import OutputError
-from sysmt.study.results import RunDirectory, provenance, read_csv, read_toml
+from sysmt.study.run_directory import RunDirectory, provenance, read_csv, read_toml
 
 __all__ = ["Ledger"]
 

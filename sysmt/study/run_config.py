@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sysmt.config import ArrayConfig, Drain, Policy, Rounding, parse_count, parse_name, parse_threads
+from sysmt.cost.energy import TABLES
 from sysmt.errors import ConfigError, nearest
-from sysmt.hw.energy import TABLES
 
 __all__ = ["RANDOM_WEIGHTS", "RECALIBRATION_MODES", "RunConfig", "Setting"]
 
 RECALIBRATION_MODES = ("ema", "cumulative", "final")
-"""As in `sysmt.nn.batchnorm.RecalibrationMode`, without importing torch."""
+"""As in `sysmt.nn.batchnorm.recalibration.RecalibrationMode`, without importing torch."""
 
 RANDOM_WEIGHTS = "random"
 """Stands for fresh weights: accuracy is chance then, but cycles and speed are not."""
@@ -53,12 +53,12 @@ class RunConfig:
     Attributes
     ----------
     model : str
-        A name that `sysmt.nn.models.build_model` knows.
+        A name that `sysmt.nn.networks.models.build_model` knows.
     weights : str or None
         Path, ``"torchvision:NAME"`` or ``"random"``; None for ``"digits"``, which is trained on the spot.
     data, train_data : str or None
-        Data specifications (see `sysmt.nn.data.open_data`); the second for training images, where
-        `data` has none. None means ``"digits"`` for the model of that name.
+        Data specifications (see `sysmt.nn.data.labelled_images.open_data`); the second for training
+        images, where `data` has none. None means ``"digits"`` for the model of that name.
     preprocessing : str
         Preset name, or ``"auto"``.
     image_size : int or None
@@ -100,7 +100,7 @@ class RunConfig:
     clock_mhz : float or None
         Clock of the array, MHz, for latencies.
     energy : str or None
-        Energy table: a name or a TOML file, as `sysmt.hw.energy.load_table` takes it; None for 45 nm.
+        Energy table: a name or a TOML file, as `sysmt.cost.energy.load_table` takes it; None for 45 nm.
     cpu_threads : int or None
         CPU threads of this machine; None for torch's own choice.
     seed : int

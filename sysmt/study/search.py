@@ -18,12 +18,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from sysmt.config import THREAD_COUNTS, Policy, parse_count, parse_name
 from sysmt.errors import ConfigError
-from sysmt.nn.frontend import Simulation
-from sysmt.study.assign import measure_errors
-from sysmt.study.front import pareto_front
+from sysmt.nn.array.simulation import Simulation
+from sysmt.study.pareto import pareto_front
 from sysmt.study.sensitivity import Sensitivities, sensitivities
 from sysmt.study.store import Point, Store
 from sysmt.study.sweep import Bench, uniform
+from sysmt.study.thread_maps import measure_errors
 from sysmt.study.worker import Worker
 
 __all__ = [

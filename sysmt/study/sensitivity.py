@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from sysmt.config import THREAD_COUNTS, parse_count, parse_threads
 from sysmt.errors import CalibrationError
-from sysmt.nn.calibration import evaluation_mode, image_batches
-from sysmt.nn.frontend import Simulation
+from sysmt.nn.array.simulation import Simulation
+from sysmt.nn.passes import evaluation_mode, image_batches
 from sysmt.progress import progress_bar
 
 __all__ = ["PrefixReuse", "Sensitivities", "sensitivities"]

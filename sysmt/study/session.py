@@ -18,13 +18,13 @@ import pandas as pd
 
 from sysmt.errors import ConfigError, OutputError
 from sysmt.progress import progress_bar
-from sysmt.study.assign import write_threads_map
-from sysmt.study.front import Reference, hypervolume_curve
-from sysmt.study.results import RunDirectory, provenance, read_toml
+from sysmt.study.pareto import Reference, hypervolume_curve
 from sysmt.study.run_config import RunConfig
+from sysmt.study.run_directory import RunDirectory, provenance, read_toml
 from sysmt.study.search import BASELINES, SEARCH, SearchConfig, front_table, run_baselines, run_search
 from sysmt.study.store import LAYER, Point, Store
 from sysmt.study.sweep import Bench, Sweep, usable_cpus
+from sysmt.study.thread_maps import write_threads_map
 from sysmt.study.worker import Worker
 
 __all__ = ["Session", "join"]
@@ -221,7 +221,7 @@ class Session:
 
     def draw(self) -> None:
         """Draw the plots, from the tables on disk."""
-        from sysmt.study.plots_study import draw_study
+        from sysmt.study.plots.study import draw_study
 
         title = f"{self.config.model}, {self.bench.job.data.name}"
         draw_study(self.directory.path, title)

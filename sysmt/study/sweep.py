@@ -20,8 +20,8 @@ import sysmt
 from sysmt.config import Policy, parse_name, parse_threads
 from sysmt.errors import ConfigError, nearest
 from sysmt.study.evaluate import Job, Measurement, paired_difference
-from sysmt.study.results import read_toml
 from sysmt.study.run_config import RECALIBRATION_MODES, RunConfig, Setting
+from sysmt.study.run_directory import read_toml
 from sysmt.study.store import LAYER, NOT_RECALIBRATED, Point
 
 __all__ = ["KINDS", "Bench", "Sweep", "one_at_a_time", "prefixes", "read_points", "suffixes", "uniform"]

@@ -1,0 +1,346 @@
+"""SRAM and DRAM traffic of a GEMM on the array, the bandwidth that it needs, and stalls where it has less.
+
+The model, word by word of one byte per operand:
+
+- **SRAM to array.** Every tile reads its rows' activations and its columns' weights once, slot by slot;
+  padding of edge tiles and of K is not read. Each of the T threads of a PE row takes an operand per cycle,
+  so an edge of R rows reads up to T·R words a cycle. Totals do not depend on T: M·K·⌈N/C⌉, N·K·⌈M/R⌉, and
+  M·N outputs.
+- **DRAM to SRAM.** Each SRAM is double-buffered: one half works, the other is filled. What is in the working
+  half stays there as long as it fits, and goes least recently used first, a tile's share (its *strip*) at a
+  time. An operand that fits whole is fetched once. Input pixels of a convolution lie in the SRAM once, with
+  all their channels, padding included; windows that overlap share them. Within a tile a pixel is fetched
+  once, also where the strip does not fit: K runs channel by channel, which keeps a pixel's uses together.
+- **Tile order.** Which operand is swept again and again: `TileOrder`.
+- **Outputs** are complete when they leave the array: each is written once, in `output_bytes` bytes.
+- **Time.** While a tile computes, the next tile's operands are fetched and the last tile's outputs are
+  written, each over an interface of its own; a tile takes as long as the slowest of these. The first tile's
+  operands come before cycle 0 and the last tile's outputs leave at the end: neither is a stall.
+
+Limits: prefetching looks one tile ahead only; no row buffers, banks, refresh or contention; images and groups
+share nothing, weights are fetched anew for each image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from sysmt.config import ArrayConfig, Drain, parse_count, parse_name
+from sysmt.cost.layer_shape import Layer
+from sysmt.errors import ConfigError
+from sysmt.hw.timing import slot_count
+
+__all__ = ["Bandwidth", "Memory", "Prefetch", "TileOrder", "Traffic", "layer_traffic"]
+
+CALC_READ_BANDWIDTH = 10
+"""Bytes per cycle at which the first tile is fetched when no bandwidth is given: SCALE-Sim's own number."""
+
+
+class TileOrder(StrEnum):
+    """Which loop over tiles is the outer one."""
+
+    ROWS_OUTER = "rows-outer"
+    COLUMNS_OUTER = "columns-outer"
+
+
+class Bandwidth(NamedTuple):
+    """DRAM bandwidth of each operand's interface, bytes per cycle."""
+
+    ifmap: float
+    filter: float
+    ofmap: float
+
+
+class Prefetch(NamedTuple):
+    """Cycles to fetch the first tile's operands, side by side."""
+
+    ifmap: int
+    filter: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What lies between the array and DRAM.
+
+    Attributes
+    ----------
+    ifmap_kib, filter_kib, ofmap_kib : int
+        SRAM of activations, weights and outputs, KiB of 1,024 bytes, at least 1; half of each is the
+        working half. The defaults are SCALE-Sim's.
+    bandwidth : Bandwidth or None
+        DRAM bandwidth, bytes per cycle; None is as much as needed, so that nothing stalls.
+    tile_order : TileOrder
+        ``"columns-outer"``: a tile column's weights stay while all activations pass, as in SCALE-Sim.
+        ``"rows-outer"``: a tile row's activations stay while all weights pass. Neither changes a
+        result or, without stalls, a cycle.
+    output_bytes : int
+        Bytes of an output as written: 1 (requantised at the array's edge) to 4 (the accumulator).
+
+    Raises
+    ------
+    ConfigError
+        If a value is outside what is listed above.
+    """
+
+    ifmap_kib: int = 256
+    filter_kib: int = 256
+    ofmap_kib: int = 128
+    bandwidth: Bandwidth | None = None
+    tile_order: TileOrder = TileOrder.COLUMNS_OUTER
+    output_bytes: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("ifmap_kib", "filter_kib", "ofmap_kib", "output_bytes"):
+            object.__setattr__(self, field, parse_count(getattr(self, field), field))
+        if self.output_bytes > 4:
+            raise ConfigError(f"output_bytes={self.output_bytes} is too large; an accumulator has 4")
+        object.__setattr__(self, "tile_order", parse_name(TileOrder, self.tile_order, "tile_order"))
+        if self.bandwidth is not None:
+            bandwidth = Bandwidth(*self.bandwidth)
+            for name, value in bandwidth._asdict().items():
+                if not (math.isfinite(value) and value > 0):
+                    raise ConfigError(
+                        f"bandwidth {name}={value} must be a positive number of bytes per cycle"
+                    )
+            object.__setattr__(self, "bandwidth", bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one GEMM moves, and how long it waits for it.
+
+    Attributes
+    ----------
+    sram_ifmap_reads, sram_filter_reads, sram_ofmap_writes : int
+        Words between the SRAMs and the array.
+    dram_ifmap_bytes, dram_filter_bytes, dram_ofmap_bytes : int
+        Bytes read for the operands and written for the outputs.
+    compute_cycles, stall_cycles : int
+        Cycles of the array at work, drains included, and of the array waiting.
+    prefetch_cycles : Prefetch
+        To fetch the first tile's operands, before cycle 0.
+    writeback_cycles : int
+        To write the last tile's outputs.
+    required : Bandwidth
+        Bytes per cycle with which no tile would wait: the largest fetch (write) for a single tile
+        over the cycles of the tile that it runs beside. 0 where a single tile leaves nothing to overlap.
+    sram_peak_words : int
+        Most words that an operand's SRAM must deliver in one cycle: T times the rows or columns in use.
+    first_tile_end, last_tile_start : int
+        Cycle after the first tile, its waiting included; cycle in which the last tile starts.
+    ifmap_fetch_end, filter_fetch_end : int
+        Cycle of the last operand fetch; -1 if all came before cycle 0.
+    """
+
+    sram_ifmap_reads: int
+    sram_filter_reads: int
+    sram_ofmap_writes: int
+    dram_ifmap_bytes: int
+    dram_filter_bytes: int
+    dram_ofmap_bytes: int
+    compute_cycles: int
+    stall_cycles: int
+    prefetch_cycles: Prefetch
+    writeback_cycles: int
+    required: Bandwidth
+    sram_peak_words: int
+    first_tile_end: int
+    last_tile_start: int
+    ifmap_fetch_end: int
+    filter_fetch_end: int
+
+    @property
+    def cycles(self) -> int:
+        """Compute and stall cycles."""
+        return self.compute_cycles + self.stall_cycles
+
+    @property
+    def overall_cycles(self) -> int:
+        """From the first fetch to the last write."""
+        return max(self.prefetch_cycles) + self.cycles + self.writeback_cycles
+
+
+def layer_traffic(layer: Layer, config: ArrayConfig, memory: Memory) -> Traffic:
+    """Work out the traffic and stalls of one GEMM (one image, one group).
+
+    Parameters
+    ----------
+    layer : Layer
+    config : ArrayConfig
+        Rows, columns, threads and drain matter.
+    memory : Memory
+
+    Returns
+    -------
+    Traffic
+    """
+    return _traffic(layer.renamed(""), config, memory)
+
+
+@functools.lru_cache(maxsize=1024)
+def _traffic(layer: Layer, config: ArrayConfig, memory: Memory) -> Traffic:
+    rows = _strip_lengths(layer.m, config.rows)
+    cols = _strip_lengths(layer.n, config.cols)
+    row_strips = _row_strips(layer, config.rows, memory.ifmap_kib * 512)
+    col_strips = _Strips(cols * layer.k, cols * layer.k, layer.n * layer.k <= memory.filter_kib * 512)
+    col_strips = col_strips.that_fit(memory.filter_kib * 512)
+    if memory.tile_order is TileOrder.ROWS_OUTER:  # everything (row tiles, column tiles), in order
+        ifmap = row_strips.as_outer(len(cols))
+        weights = col_strips.as_inner(len(rows))
+        outputs = rows[:, None] * cols
+    else:
+        ifmap = row_strips.as_inner(len(cols))
+        weights = col_strips.as_outer(len(rows))
+        outputs = cols[:, None] * rows
+    outputs = outputs.ravel() * memory.output_bytes
+
+    tile_cycles = slot_count(layer.k, config.threads) + config.rows + config.cols - 2
+    tile_cycles += config.rows if config.drain is Drain.SERIAL else 0
+    bandwidth = memory.bandwidth or Bandwidth(math.inf, math.inf, math.inf)
+    took = np.full(outputs.size, tile_cycles)
+    took[:-1] = np.maximum(took[:-1], _cycles_for(ifmap[1:], bandwidth.ifmap))
+    took[:-1] = np.maximum(took[:-1], _cycles_for(weights[1:], bandwidth.filter))
+    took[1:] = np.maximum(took[1:], _cycles_for(outputs[:-1], bandwidth.ofmap))
+    starts = np.cumsum(took) - took
+    drain_end_cycles = config.rows if config.drain is Drain.OVERLAPPED else 0
+
+    before = memory.bandwidth or Bandwidth(CALC_READ_BANDWIDTH, CALC_READ_BANDWIDTH, config.cols)
+    return Traffic(
+        sram_ifmap_reads=layer.m * layer.k * len(cols),
+        sram_filter_reads=layer.n * layer.k * len(rows),
+        sram_ofmap_writes=layer.m * layer.n,
+        dram_ifmap_bytes=int(ifmap.sum()),
+        dram_filter_bytes=int(weights.sum()),
+        dram_ofmap_bytes=int(outputs.sum()),
+        compute_cycles=tile_cycles * outputs.size + drain_end_cycles,
+        stall_cycles=int((took - tile_cycles).sum()),
+        prefetch_cycles=Prefetch(
+            int(_cycles_for(ifmap[:1], before.ifmap)[0]), int(_cycles_for(weights[:1], before.filter)[0])
+        ),
+        writeback_cycles=int(_cycles_for(outputs[-1:], before.ofmap)[0]),
+        required=Bandwidth(
+            *(float(moved.max(initial=0)) / tile_cycles for moved in (ifmap[1:], weights[1:], outputs[:-1]))
+        ),
+        sram_peak_words=min(config.threads, layer.k) * int(max(rows[0], cols[0])),
+        first_tile_end=int(took[0]),
+        last_tile_start=int(starts[-1]),
+        ifmap_fetch_end=_fetch_end(ifmap, bandwidth.ifmap, starts, took),
+        filter_fetch_end=_fetch_end(weights, bandwidth.filter, starts, took),
+    )
+
+
+def _strip_lengths(total: int, at_once: int) -> np.ndarray:
+    """Rows (or columns) of each tile row (or column) of tiles, int64; only the last may be short."""
+    lengths = np.full(-(-total // at_once), at_once, np.int64)
+    lengths[-1] = total - at_once * (lengths.size - 1)
+    return lengths
+
+
+def _cycles_for(moved_bytes: np.ndarray, bandwidth: float) -> np.ndarray:
+    return np.ceil(moved_bytes / bandwidth).astype(np.int64)
+
+
+def _fetch_end(fetched: np.ndarray, bandwidth: float, starts: np.ndarray, took: np.ndarray) -> int:
+    """Last cycle in which an operand is fetched; with unlimited bandwidth it takes the tile's whole time."""
+    later = np.flatnonzero(fetched[1:])
+    if not later.size:
+        return -1
+    beside = int(later[-1])  # the tile that computes meanwhile
+    cycles = took[beside] if math.isinf(bandwidth) else _cycles_for(fetched[beside + 1 :][:1], bandwidth)[0]
+    return int(starts[beside] + cycles) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Strips:
+    """The shares of an operand that the tiles of one sweep need, in bytes.
+
+    ``footprint[i]``: all of strip i. ``fetched[i]``: what of it is not in the working half when it comes
+    after strip i - 1 of the same sweep. ``stays``: the operand fits whole. ``fits[i]``: strip i fits.
+    """
+
+    footprint: np.ndarray
+    fetched: np.ndarray
+    stays: bool
+    fits: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, bool))
+
+    def that_fit(self, capacity_bytes: int) -> _Strips:
+        return dataclasses.replace(self, fits=self.footprint <= capacity_bytes)
+
+    def as_outer(self, inner: int) -> np.ndarray:
+        """Bytes fetched for each tile when every strip meets `inner` strips of the other operand."""
+        tiles = np.where(self.fits[:, None], 0, self.footprint[:, None]).repeat(inner, axis=1)
+        tiles[:, 0] = self.fetched
+        return tiles.ravel()
+
+    def as_inner(self, sweeps: int) -> np.ndarray:
+        """Bytes fetched for each tile when all strips pass `sweeps` times."""
+        tiles = np.zeros((sweeps, self.fetched.size), np.int64)
+        tiles[: 1 if self.stays else sweeps] = self.fetched
+        return tiles.ravel()
+
+
+def _row_strips(layer: Layer, rows: int, capacity_bytes: int) -> _Strips:
+    """Find out which input pixels the tiles' rows share, and which of them are still there when needed."""
+    sharing = _sharing(layer, rows)
+    capacity = capacity_bytes // layer.channels  # in pixels
+    if sharing is None:
+        footprint = _lone_windows(layer)
+        footprint = np.add.reduceat(footprint, np.arange(0, layer.m, rows)) * layer.channels
+        strips = _Strips(footprint, footprint, int(footprint.sum()) <= capacity_bytes)
+        return strips.that_fit(capacity_bytes)
+    footprint = np.array([len(strip) for strip in sharing.before], np.int64)
+    distinct = sum(int((strip < 0).sum()) for strip in sharing.before)
+    fetched = np.empty_like(footprint)
+    oldest = held = 0  # the working half holds all pixels of strips oldest..i, `held` of them
+    for i, before in enumerate(sharing.before):
+        held += int((before < oldest).sum())
+        while held > capacity and oldest <= i:
+            held -= int((sharing.after[oldest] > i).sum())
+            oldest += 1
+        fetched[i] = (before < oldest).sum()
+    strips = _Strips(footprint * layer.channels, fetched * layer.channels, distinct <= capacity)
+    return strips.that_fit(capacity_bytes)
+
+
+class _Sharing(NamedTuple):
+    """For each strip and each of its pixels: the strip that needed it before (or -1), and the next one."""
+
+    before: list[np.ndarray]
+    after: list[np.ndarray]
+
+
+@functools.lru_cache(maxsize=256)
+def _sharing(layer: Layer, rows: int) -> _Sharing | None:
+    """Follow every input pixel through the strips of `rows` windows; None if windows never overlap."""
+    (out_rows, out_cols), (height, width) = layer.ofmap, layer.ifmap
+    apart_down = out_rows == 1 or layer.stride_height >= layer.span[0]
+    apart_across = out_cols == 1 or layer.stride_width >= layer.span[1]
+    if apart_down and apart_across:
+        return None
+    down, across = layer.window_rows(), layer.window_cols()
+    pixel = down[:, None, :, None] * width + across[None, :, None, :]
+    inside = (down < height)[:, None, :, None] & (across < width)[None, :, None, :]
+    strip = (np.arange(layer.m) // rows).reshape(out_rows, out_cols, 1, 1)
+    touched = np.unique((pixel * (layer.m // rows + 1) + strip)[inside])  # by pixel, then by strip
+    pixel, strip = np.divmod(touched, layer.m // rows + 1)
+    same = pixel[1:] == pixel[:-1]
+    before = np.concatenate([[-1], np.where(same, strip[:-1], -1)])
+    after = np.concatenate([np.where(same, strip[1:], layer.m), [layer.m]])
+    by_strip = np.argsort(strip, kind="stable")
+    strips = -(-layer.m // rows)  # a strip of windows that lie outside altogether has no pixels
+    ends = np.cumsum(np.bincount(strip, minlength=strips))[:-1]
+    return _Sharing(np.split(before[by_strip], ends), np.split(after[by_strip], ends))
+
+
+def _lone_windows(layer: Layer) -> np.ndarray:
+    """Pixels of each window that lie inside the input (M,), for windows that do not overlap."""
+    down = (layer.window_rows() < layer.ifmap_height).sum(axis=1)
+    across = (layer.window_cols() < layer.ifmap_width).sum(axis=1)
+    windows: np.ndarray = down[:, None] * across
+    return windows.ravel()

@@ -1,0 +1,1 @@
+"""PyTorch networks on the machine: the simulation, its layers, calibration, energy, export."""

@@ -1,0 +1,437 @@
+"""BatchNorm under a noisy array: recalibrate its statistics, save and load them.
+
+The method is Shomron & Weiser's "Post-Training BatchNorm Recalibration", section 2: squeezed threads
+change the distributions inside the network, and BatchNorm layers that regather their running mean and
+variance with that noise on win back much of the accuracy, without labels or gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from numbers import Real
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
+
+from sysmt.config import parse_count, parse_name
+from sysmt.errors import CalibrationError, ConfigError, WeightsError, nearest
+from sysmt.nn.passes import image_batches, kept_modes
+from sysmt.progress import progress_bar
+
+__all__ = [
+    "LayerShift",
+    "RecalibrationMode",
+    "RecalibrationReport",
+    "load_statistics",
+    "named_batchnorms",
+    "recalibrate_batchnorm",
+    "save_statistics",
+]
+
+
+# Recalibration
+
+
+class RecalibrationMode(StrEnum):
+    """How the statistics of the batches become the running statistics."""
+
+    EMA = "ema"
+    CUMULATIVE = "cumulative"
+    FINAL = "final"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShift:
+    """How far recalibration moved the statistics of one BatchNorm layer.
+
+    Attributes
+    ----------
+    name : str
+        The layer's name in the network.
+    channels : int
+        Its channels.
+    values : int
+        Values per channel that its new statistics rest on (under ``ema``: that it saw); 0 if the
+        forward pass never ran it, and it kept its statistics.
+    mean_shift, max_mean_shift : float
+        Shift of the mean in units of the old standard deviation, sqrt(variance + eps): root mean
+        square over the channels, and the largest absolute one.
+    log_variance_ratio, max_log_variance_ratio : float
+        ln((new variance + eps) / (old variance + eps)): mean over the channels, and the largest
+        absolute one.
+    """
+
+    name: str
+    channels: int
+    values: int
+    mean_shift: float
+    max_mean_shift: float
+    log_variance_ratio: float
+    max_log_variance_ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RecalibrationReport:
+    """What a recalibration used and what it moved.
+
+    Attributes
+    ----------
+    mode : RecalibrationMode
+        How batches were combined.
+    momentum : float
+        Weight of a new batch; used by ``ema`` alone.
+    images, batches : int
+        Images and batches that went through the network.
+    layers : tuple of LayerShift
+        One entry per BatchNorm layer, in the network's order of definition.
+    """
+
+    mode: RecalibrationMode
+    momentum: float
+    images: int
+    batches: int
+    layers: tuple[LayerShift, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per BatchNorm layer, the columns named as in `LayerShift`."""
+        columns = [field.name for field in dataclasses.fields(LayerShift)]
+        return pd.DataFrame([dataclasses.asdict(layer) for layer in self.layers], columns=columns)
+
+
+class _Pool:
+    """Mean and squared deviations per channel over everything added, in float64."""
+
+    # Values converted to float64 at a time: bounds the extra memory to 32 MiB or one image.
+    CHUNK = 1 << 22
+
+    def __init__(self) -> None:
+        self.values = 0
+        self._mean = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Merge a batch (N, C, ...) by the pairwise update of Chan, Golub & LeVeque (1979)."""
+        images = max(1, self.CHUNK // max(1, x[0].numel()))
+        for part in torch.split(x.detach(), images):
+            axes = [axis for axis in range(part.dim()) if axis != 1]
+            variance, mean = torch.var_mean(part.double(), axes, correction=0)
+            values = part.numel() // part.shape[1]
+            total = self.values + values
+            delta = mean - self._mean
+            self._mean = self._mean + delta * (values / total)
+            self._squares = (
+                self._squares + variance * values + delta.square() * (self.values * (values / total))
+            )
+            self.values = total
+
+    def store(self, layer: _BatchNorm) -> None:
+        """Write mean and unbiased variance into the layer's running statistics."""
+        mean, variance = _running(layer)
+        mean.copy_(self._mean)
+        variance.copy_(self._squares / (self.values - 1))
+
+
+class _Gatherer:
+    """Watches the inputs of the BatchNorm layers; pools them unless torch's own update does the work."""
+
+    def __init__(self, layers: Mapping[str, _BatchNorm], mode: RecalibrationMode) -> None:
+        self.layers = layers
+        self.mode = mode
+        self.values: Counter[str] = Counter()
+        self._pools: dict[str, _Pool] = {}
+        self._kept_pools: dict[str, _Pool] = {}
+
+    def watch(self, name: str) -> Callable[..., None]:
+        """Return a forward pre-hook for one layer."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            values = x.numel() // max(1, x.shape[1])
+            if values < 2:
+                raise CalibrationError(
+                    f"BatchNorm layer {name!r} met an input of shape {tuple(x.shape)}: {values} value(s) per "
+                    "channel have no variance; use larger batches, or a number of images that leaves no "
+                    "single image for the last batch"
+                )
+            if self.mode is RecalibrationMode.EMA:
+                self.values[name] += values
+            else:
+                self._pools.setdefault(name, _Pool()).add(x)
+
+        return hook
+
+    def end_batch(self, full: bool) -> None:
+        """Close a batch; under ``final`` keep its statistics if it was a full one."""
+        if self.mode is RecalibrationMode.FINAL:
+            if full:
+                self._kept_pools = self._pools
+            self._pools = {}
+
+    def store(self) -> None:
+        """Write what was pooled into the layers, and refuse statistics that are no numbers."""
+        pools = self._kept_pools if self.mode is RecalibrationMode.FINAL else self._pools
+        for name, pool in pools.items():
+            pool.store(self.layers[name])
+            self.values[name] = pool.values
+        for name, layer in self.layers.items():
+            if not all(statistic.isfinite().all() for statistic in _running(layer)):
+                raise CalibrationError(
+                    f"BatchNorm layer {name!r} gathered statistics that are not finite: "
+                    "the images, or the layers before it, gave NaN or infinity"
+                )
+
+
+def recalibrate_batchnorm(
+    model: nn.Module,
+    loader: Iterable[Any],
+    mode: str | RecalibrationMode = "ema",
+    momentum: float = 0.1,
+    images: int = 2048,
+    progress: bool = False,
+) -> RecalibrationReport:
+    """Regather running mean and variance of every BatchNorm layer, with the network as it is.
+
+    With the simulator attached its noise is on, which is the point. No labels and no gradients are
+    used; γ, β and all other weights stay as they are. Only BatchNorm layers are in training mode
+    meanwhile (dropout stays off), so each of them normalises by the statistics of the batch, not by
+    the running ones: that is how the paper does it, and why deeper layers see inputs that are
+    already corrected. Batches should therefore be as large as in training.
+
+    Afterwards training flags, `momentum` and `num_batches_tracked` of the layers are what they
+    were; after an exception the statistics are, too. The same images in the same batches give
+    the same statistics. Images must pass through the augmentation that the network was trained with.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network, changed in place.
+    loader : iterable
+        Input tensors (N, ...) or (input, target) pairs; targets are ignored.
+    mode : {"ema", "cumulative", "final"}
+        ``ema`` starts from the current statistics and applies torch's update,
+        ``(1 - momentum) * running + momentum * batch``, per batch; ``cumulative`` pools all images exactly
+        (variance around the pooled mean, unbiased); ``final`` keeps the statistics of the last full
+        batch alone, the last one that is as large as any before it. A layer that a forward pass runs
+        more than once counts every run.
+    momentum : float
+        Weight of a new batch under ``ema``, in (0, 1].
+    images : int
+        Images to use, at least 1: the last batch is cut to make it exactly this many. A `UserWarning`
+        says so if the loader has fewer.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    RecalibrationReport
+        How far each layer's statistics moved.
+
+    Raises
+    ------
+    ConfigError
+        On an unknown `mode`, `momentum` or `images` out of range, a network without BatchNorm, or a
+        BatchNorm layer that tracks no statistics.
+    CalibrationError
+        If the loader is empty or gives something other than tensors, if a batch leaves one value
+        per channel, or if statistics come out as NaN or infinity.
+
+    References
+    ----------
+    G. Shomron and U. Weiser, "Post-Training BatchNorm Recalibration", section 2.
+    """
+    mode = parse_name(RecalibrationMode, mode, "mode")
+    images = parse_count(images, "images")
+    if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 < momentum <= 1:
+        raise ConfigError(f"momentum={momentum!r} must be a number in (0, 1]: the weight of a new batch")
+    layers = _tracking_layers(model)
+    gatherer = _Gatherer(layers, mode)
+    used = batches = largest = 0
+    with _only_batchnorm_training(model, layers, float(momentum)) as before, ExitStack() as stack:
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(gatherer.watch(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        bar = stack.enter_context(progress_bar("recalibrating BatchNorm", images, enabled=progress))
+        for batch in image_batches(loader, images):
+            model(batch)
+            gatherer.end_batch(full=len(batch) >= largest)
+            used += len(batch)
+            batches += 1
+            bar.advance(len(batch))
+            largest = max(largest, len(batch))
+        gatherer.store()
+    shifts = tuple(
+        _shift(name, layer, before[layer], gatherer.values[name]) for name, layer in layers.items()
+    )
+    return RecalibrationReport(mode, float(momentum), used, batches, shifts)
+
+
+@contextmanager
+def _only_batchnorm_training(
+    model: nn.Module, layers: Mapping[str, _BatchNorm], momentum: float
+) -> Iterator[dict[_BatchNorm, tuple[Tensor, Tensor]]]:
+    """Put the given layers alone into training mode; undo all of it, after an exception statistics too.
+
+    Yields the statistics that the layers start with.
+    """
+    momenta = {layer: layer.momentum for layer in layers.values()}
+    counts = {
+        layer: layer.num_batches_tracked.clone()
+        for layer in layers.values()
+        if layer.num_batches_tracked is not None
+    }
+    statistics = {layer: _statistics(layer) for layer in layers.values()}
+    try:
+        with kept_modes(model), torch.no_grad():
+            for module in model.modules():
+                module.training = False
+            for layer in layers.values():
+                layer.training = True
+                layer.momentum = momentum
+            yield statistics
+    except BaseException:
+        for layer, (mean, variance) in statistics.items():
+            _set_running(layer, mean, variance)
+        raise
+    finally:
+        for layer, value in momenta.items():
+            layer.momentum = value
+        for layer, count in counts.items():
+            layer.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+
+
+def _shift(name: str, layer: _BatchNorm, before: tuple[Tensor, Tensor], values: int) -> LayerShift:
+    """Compare a layer's statistics with those it had before."""
+    (old_mean, old_variance), (mean, variance) = before, _statistics(layer)
+    old_spread = (old_variance.double() + layer.eps).clamp_min(1e-300)
+    spread = (variance.double() + layer.eps).clamp_min(1e-300)
+    shift = (mean.double() - old_mean.double()).abs() / old_spread.sqrt()
+    ratio = (spread / old_spread).log()
+    return LayerShift(
+        name,
+        layer.num_features,
+        values,
+        math.sqrt(float(shift.square().mean())),
+        float(shift.max()),
+        float(ratio.mean()),
+        float(ratio.abs().max()),
+    )
+
+
+# Statistics
+
+
+def save_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the running statistics of every BatchNorm layer that keeps them.
+
+    Returns
+    -------
+    dict of str to Tensor (channels,)
+        ``<layer>.running_mean`` and ``<layer>.running_var``, the keys of `state_dict`. Empty for a
+        network without BatchNorm.
+    """
+    saved: dict[str, Tensor] = {}
+    for name, layer in named_batchnorms(model).items():
+        if layer.running_mean is not None:
+            mean_key, variance_key = _keys(name)
+            saved[mean_key], saved[variance_key] = _statistics(layer)
+    return saved
+
+
+def load_statistics(model: nn.Module, statistics: Mapping[str, Any]) -> None:
+    """Set the running statistics that `save_statistics` returned; all of them or, on an error, none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A network with the same BatchNorm layers.
+    statistics : mapping of str to tensor or array (channels,)
+
+    Raises
+    ------
+    WeightsError
+        If keys are missing or unknown, shapes differ, or values are not finite or a variance negative.
+    """
+    layers = {
+        name: layer for name, layer in named_batchnorms(model).items() if layer.running_mean is not None
+    }
+    needed = {key for name in layers for key in _keys(name)}
+    for key in statistics:
+        if key not in needed:
+            raise WeightsError(f"the network has no statistic {key!r}{nearest(key, needed)}")
+    checked: list[tuple[_BatchNorm, Tensor, Tensor]] = []
+    for name, layer in layers.items():
+        values = []
+        for key in _keys(name):
+            if key not in statistics:
+                raise WeightsError(
+                    f"the statistics lack {key!r}; {len(statistics)} of {len(needed)} keys are there"
+                )
+            value = torch.as_tensor(statistics[key])
+            if value.shape != (layer.num_features,):
+                raise WeightsError(
+                    f"{key!r} has shape {tuple(value.shape)}; the layer has {layer.num_features} channels"
+                )
+            if not value.isfinite().all() or (key.endswith("running_var") and (value < 0).any()):
+                raise WeightsError(f"{key!r} holds values that are not finite, or a negative variance")
+            values.append(value)
+        checked.append((layer, values[0], values[1]))
+    for layer, mean, variance in checked:
+        _set_running(layer, mean, variance)
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """Return the two `state_dict` keys of a layer's running statistics."""
+    prefix = f"{name}." if name else ""
+    return f"{prefix}running_mean", f"{prefix}running_var"
+
+
+def named_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return every BatchNorm layer of a network by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def _tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return all BatchNorm layers by name; raise `ConfigError` if there are none, or one cannot gather."""
+    layers = named_batchnorms(model)
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} has no BatchNorm layer: there are no statistics to recalibrate"
+        )
+    for name, layer in layers.items():
+        if layer.running_mean is None or layer.running_var is None or not layer.track_running_stats:
+            raise ConfigError(
+                f"BatchNorm layer {name!r} has track_running_stats=False: it keeps nothing to recalibrate"
+            )
+        if isinstance(layer.running_mean, UninitializedBuffer):
+            raise ConfigError(
+                f"BatchNorm layer {name!r} is lazy and not initialised yet: run one batch first"
+            )
+    return layers
+
+
+def _running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return the buffers themselves."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return copies of running mean and variance."""
+    mean, variance = _running(layer)
+    return mean.detach().clone(), variance.detach().clone()
+
+
+def _set_running(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    with torch.no_grad():
+        for buffer, value in zip(_running(layer), (mean, variance), strict=True):
+            buffer.copy_(value)

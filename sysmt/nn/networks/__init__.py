@@ -1,0 +1,1 @@
+"""Networks: models by name, checkpoints, training, pruning."""

@@ -1,0 +1,1 @@
+"""SCALE-Sim's files in, its reports out. Never imports torch."""

@@ -1,0 +1,115 @@
+"""A run's directory: its own, writable before it starts, and no half-written file in it."""
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sysmt.errors import ConfigError, OutputError
+from sysmt.study.run_directory import RunDirectory, check_writable, read_csv, read_toml
+
+
+def test_default_directories_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    Path("results/run-a_b-2").mkdir()
+    found = [str(RunDirectory(name="run-a/b").path) for _ in range(3)]
+    assert found == ["results/run-a_b-1", "results/run-a_b-3", "results/run-a_b-4"]
+
+
+def test_a_directory_with_files_is_refused(tmp_path):
+    (tmp_path / "theirs").write_text("kept")
+    with pytest.raises(OutputError, match="is not empty"):
+        RunDirectory(tmp_path)
+    RunDirectory(tmp_path, overwrite=True, stale=("*.csv",))
+    assert (tmp_path / "theirs").read_text() == "kept"
+
+
+def test_overwriting_removes_what_an_earlier_run_left(tmp_path):
+    for name in ("a.csv", "b.png", "c.txt"):
+        (tmp_path / name).touch()
+    RunDirectory(tmp_path, overwrite=True, stale=("*.csv", "b.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ["c.txt"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_place_that_cannot_be_is_named(tmp_path, place):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OutputError, match=place):
+        RunDirectory(tmp_path / place)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_full_or_read_only_disk_is_found_before_the_run(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="Permission denied"):
+        RunDirectory(tmp_path / "new")
+    with pytest.raises(OutputError, match="Permission denied"):
+        check_writable(tmp_path / "file.npz")
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    directory = RunDirectory(tmp_path / "r")
+    directory.write_json("kept.json", {"old": 1})
+
+    def fail_half_way(name):
+        with directory.file(name) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    for name in ("kept.json", "new.json"):
+        with pytest.raises(ZeroDivisionError):
+            fail_half_way(name)
+    assert [path.name for path in directory.path.iterdir()] == ["kept.json"]
+    assert '"old": 1' in (directory.path / "kept.json").read_text()
+
+
+def test_only_what_was_made_for_the_run_is_removed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    RunDirectory(tmp_path / "mine").remove_if_empty()
+    assert (tmp_path / "mine").is_dir()
+    RunDirectory(tmp_path / "deep/er").remove_if_empty()
+    assert not (tmp_path / "deep").exists()
+    kept = RunDirectory(tmp_path / "deep/er")
+    kept.write_json("x.json", {})
+    kept.remove_if_empty()
+    assert (tmp_path / "deep/er/x.json").exists()
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=False), min_size=1))
+def test_tables_come_back_bit_for_bit(tmp_path_factory, values):
+    directory = RunDirectory(tmp_path_factory.mktemp("r"))
+    path = directory.write_csv("t.csv", pd.DataFrame({"x": values, "text": "a,b"}))
+    found = read_csv(path, ("x",))
+    assert np.array_equal(found["x"].to_numpy(float), values, equal_nan=True)
+    assert (found["text"] == "a,b").all()
+
+
+def test_tables_of_something_else_are_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match="lacks the column 'c'; it has a, b"):
+        read_csv(tmp_path / "t.csv", ("a", "c"))
+    (tmp_path / "t.csv").write_text("")
+    with pytest.raises(ConfigError, match="is no table"):
+        read_csv(tmp_path / "t.csv")
+    with pytest.raises(ConfigError, match="missing"):
+        read_csv(tmp_path / "nothing.csv")
+
+
+def test_toml_comes_back(tmp_path):
+    record = {"a": {"text": 'quo"te', "list": [1, 2], "float": 0.1}, "b": 3}
+    path = RunDirectory(tmp_path).write_toml("c.toml", record | {"none": None}, comment="two\nlines")
+    assert path.read_text().startswith("# two\n# lines\n")
+    assert read_toml(path) == tomllib.loads(path.read_text()) == record
+    path.write_text("a = = 1")
+    with pytest.raises(ConfigError, match="is no TOML"):
+        read_toml(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_toml(tmp_path)
