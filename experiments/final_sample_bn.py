@@ -47,7 +47,7 @@ from sysmt.nn.networks.models import VGG7
 from sysmt.nn.networks.training import History
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.run import COLOURS, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, MARKERS, figure
 
 KEYS = ("variant", "schedule", "statistics", "run")
 FLOAT, USUAL = "float", "channelwise"

@@ -13,7 +13,7 @@ from experiment import markdown, percent, signed
 from sysmt.quant.logscale import FORMATS
 from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
 
 KEYS = ("part", "network", "format", "width", "where", "state", "seed")
 FLOAT, ALL, NOWHERE = "float", "all", "nowhere"

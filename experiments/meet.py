@@ -50,7 +50,7 @@ from sysmt.quant.logscale import approximate
 from sysmt.quant.uniform import ActivationRange, quantize_weights, weight_scales
 from sysmt.study.evaluate import array_facts, paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
 
 KEYS = ("network", "scheme", "codes", "policy", "threads", "statistics")
 FLOAT, GRID, MIN_MAX = "float", "grid", "min-max"

@@ -20,7 +20,7 @@ from sysmt.config import Policy
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import array_facts, paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
 
 KEYS = ("network", "policy", "threads", "reorder")
 FLOAT = "float"

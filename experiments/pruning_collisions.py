@@ -29,7 +29,7 @@ from sysmt.nn.networks.training import train
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import array_facts, paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
 from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "retrained", "sparsity", "setting", "recalibrated")

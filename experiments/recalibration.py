@@ -23,7 +23,7 @@ from sysmt.errors import ConfigError
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
 from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "threads", "mode", "recalibration_images", "seed")

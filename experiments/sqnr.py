@@ -30,7 +30,7 @@ from sysmt.progress import Bar, progress_bar
 from sysmt.quant.error import sqnr_db
 from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
 from sysmt.study.workload import Subject
 
 KEYS = ("network", "bits", "threads", "run")

@@ -48,7 +48,7 @@ from sysmt.nn.low_bit.straight_through import (
 from sysmt.nn.networks.models import VGG7, MobileNetV1, SmallResNet
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.run import COLOURS, figure
+from sysmt.study.plots.style import COLOURS, figure
 
 KEYS = ("network", "column", "seed")
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "study": MACHINE | {"quant", "nn"},
     "cli": MACHINE | {"quant", "nn", "study"},
     "__main__": {"cli"},
-    **dict.fromkeys(GROUND, set()),
+    **{room: set() for room in GROUND},
 }
 WITHOUT_TORCH = {*MACHINE, "quant", *GROUND}
 
@@ -41,7 +41,7 @@ def modules():
 
 
 def room_of(path):
-    """The folder below sysmt, or the one below that in nn; a module beside the folders is a room of its own."""
+    """The folder below sysmt, or below nn; a module beside the folders is a room of its own."""
     return room_named(path.relative_to(PACKAGE).with_suffix("").parts)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from sysmt.errors import ConfigError
-from sysmt.study.plots.run import COLOURS, FLOAT_GREY, LEAST_SPAN_POINTS, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, LEAST_SPAN_POINTS, MARKERS, figure
 
 __all__ = ["plot_energy"]
 

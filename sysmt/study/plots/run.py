@@ -1,76 +1,20 @@
-"""Plots in one style: colour-blind safe, told apart by markers too, readable in print.
-
-The numbers of each plot lie beside it as CSV; `draw_run` draws a run's plots from its own tables.
-"""
+"""Plots of one run, drawn from its own tables, which lie beside them as CSV."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from sysmt.errors import ConfigError
-from sysmt.files import written_whole
+from sysmt.study.plots.energy import plot_energy
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, LEAST_SPAN_POINTS, MARKERS, figure
 from sysmt.study.run_directory import read_csv, read_toml
 
-__all__ = ["COLOURS", "MARKERS", "draw_run", "figure", "plot_accuracy", "plot_collisions"]
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe & Ito's palette, which the common kinds of colour blindness tell apart."""
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-FLOAT_GREY = "#555555"
-
-LEAST_SPAN_POINTS = 2.0
-"""Least height of an accuracy axis, in percentage points."""
-
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "lines.markersize": 5,
-    "lines.linewidth": 1.4,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 200,
-}
-
-
-@contextlib.contextmanager
-def figure(path: str | Path, width_in: float = 5.5, height_in: float = 3.5) -> Iterator[tuple[Figure, Axes]]:
-    """Hand out a figure in the house style, and save it as PNG, whole or not at all, at the end.
-
-    Parameters
-    ----------
-    path : str or Path
-        Ends in ``.png``.
-    width_in, height_in : float
-        Size in inches.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written.
-    """
-    with mpl.rc_context(_STYLE):
-        drawing = Figure(figsize=(width_in, height_in))  # without pyplot: no state, no display
-        yield drawing, drawing.add_subplot()
-        with written_whole(path) as temporary:
-            drawing.savefig(temporary, format="png")
+__all__ = ["draw_run", "plot_accuracy", "plot_collisions"]
 
 
 def plot_accuracy(summary: pd.DataFrame, path: str | Path, title: str = "") -> None:
@@ -216,8 +160,6 @@ def draw_run(directory: str | Path, title: str | None = None) -> list[Path]:
     plot_collisions(layers, collisions, title)
     written = [accuracy, collisions]
     if any(column.startswith("energy_") for column in summary.columns):
-        from sysmt.study.plots.energy import plot_energy  # which takes this file's style
-
         written.append(directory / "energy.png")
         plot_energy(summary, written[-1], title)
     return written

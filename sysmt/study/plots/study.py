@@ -1,4 +1,4 @@
-"""Plots of studies, in the style of `sysmt.study.plots.run`: fronts, thread maps, sensitivities, searches."""
+"""Plots of studies: fronts, thread maps, sensitivities, searches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from sysmt.config import THREAD_COUNTS
 from sysmt.errors import ConfigError
 from sysmt.study.pareto import pareto_front
-from sysmt.study.plots.run import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
 from sysmt.study.run_directory import read_csv
 
 __all__ = [

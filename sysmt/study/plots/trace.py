@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from sysmt.hw.activity import Activity
-from sysmt.study.plots.run import COLOURS, figure
+from sysmt.study.plots.style import COLOURS, figure
 
 __all__ = ["pe_table", "plot_pe_collisions", "plot_utilization"]
 
