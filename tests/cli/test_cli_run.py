@@ -175,7 +175,7 @@ def test_a_run_prices_its_events_by_the_table_that_is_named(in_tmp):
     assert "energy_pj_per_image" in default
     assert "energy_relative" in pd.read_csv("named/layers.csv")
     table = Path("mine.toml")
-    own = importlib.resources.files("sysmt.hw").joinpath("energy_45nm.toml").read_text()
+    own = importlib.resources.files("sysmt.cost").joinpath("energy_45nm.toml").read_text()
     table.write_text(re.sub(r"(?m)^(dram_byte = )([\d.]+)", r"\g<1>0", own))
     assert invoke(*line, "--energy", table, "--out", "mine").exit_code == 0
     assert pd.read_csv("mine/summary.csv").iloc[1]["energy_pj_per_image"] < default["energy_pj_per_image"]

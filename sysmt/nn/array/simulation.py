@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from fractions import Fraction
 from types import TracebackType
 from typing import Any
 
@@ -13,30 +11,33 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
 
-from sysmt.config import ArrayConfig, parse_count, parse_layer_names, parse_threads
-from sysmt.cost.energy import EnergyTable, load_table
+from sysmt.config import ArrayConfig, parse_count, parse_threads
+from sysmt.cost.energy import EnergyTable
 from sysmt.cost.memory import Memory
-from sysmt.errors import CalibrationError, ConfigError, UnsupportedLayerError, nearest
+from sysmt.errors import CalibrationError, ConfigError, nearest
 from sysmt.hw.kernels import keep_heap
-from sysmt.hw.operands import MAX_K
+from sysmt.nn.array.attention import FAST_PATH
 from sysmt.nn.array.calibration import RangeObserver, WideObserver, run_observed
 from sysmt.nn.array.fused_blocks import FusedBlock, known_forward
-from sysmt.nn.array.hooked_layer import CapturedGemm, HookedLayer
-from sysmt.nn.array.layer_energy import layer_energy
+from sysmt.nn.array.hooks import CatchingHook, DirectHook, RootWatch, has_standard_forward
+from sysmt.nn.array.layer import ArrayLayer, CapturedGemm
 from sysmt.nn.array.lowering import LayerGeometry
+from sysmt.nn.array.report import cycle_speedup, layer_report, mac_speedup
+from sysmt.nn.array.selection import (
+    FIRST_CONVOLUTION,
+    Choice,
+    Exclusion,
+    check_kind,
+    excluded_layers,
+    is_layer,
+)
+from sysmt.nn.array.settings import ArraySettings
+from sysmt.nn.array.stand_in import StandIn
 from sysmt.nn.passes import image_batches
 from sysmt.quant.uniform import ActivationRange
 
 __all__ = ["Simulation", "attach"]
-
-FIRST_CONVOLUTION = "first convolution (first=False)"
-LINEAR = "fully connected layer (linear=False)"
-DEPTHWISE = "depthwise convolution (depthwise=False)"
-EXCLUDED = "excluded by name"
-NOT_REACHED = "not reached by any forward so far"
 
 
 def attach(
@@ -47,7 +48,7 @@ def attach(
     linear: bool = False,
     depthwise: bool = False,
     errors: bool = False,
-    exclude: Iterable[str] = (),
+    exclude: Exclusion | Iterable[Exclusion] = (),
     per_channel: bool = True,
     fuse: bool = True,
 ) -> Simulation:
@@ -67,8 +68,10 @@ def attach(
         Simulate the first executed Conv2d, Linear layers, depthwise convolutions as well.
     errors : bool
         Also run every layer at T = 1 on the same input, for the report's `mse` and `sqnr_db`.
-    exclude : iterable of str
-        Names of layers that stay in float, also such as could not be simulated.
+    exclude : str, type, callable, or iterable of these
+        Layers that stay in float, also such as could not be simulated: by name, by the name of a block
+        that they lie in, by a pattern (``"blocks.*.fc1"``), by the type of the module or block, or by a
+        function of name and module.
     per_channel : bool
         Weight scales per output channel (as in the papers) or per layer.
     fuse : bool
@@ -85,10 +88,17 @@ def attach(
     Raises
     ------
     ConfigError
-        If the model has nothing to simulate, is attached already, or a name in `exclude` is unknown.
+        If the model has nothing to simulate, is attached already, or an entry of `exclude` leaves out
+        nothing.
     UnsupportedLayerError
-        If a layer (named) is a convolution that the array does not do: transposed, 1-D, 3-D, lazy, or a
-        subclass with a `forward` of its own.
+        If a layer (named) is a convolution that the array does not do: transposed, 1-D, 3-D or lazy.
+
+    Notes
+    -----
+    A layer with a forward of its own is run as it says; the calls of `torch.nn.functional.conv2d` and
+    `linear` in it go to the array, with the operands that they have: padded, standardised or masked.
+
+    Copies of the attached network, by `copy.deepcopy`, `torch.save` or `pickle`, are plain float networks.
 
     Examples
     --------
@@ -118,19 +128,14 @@ def attach(
 class Simulation:
     """A network on the array, from `attach` to `detach`.
 
+    What is one number of the whole network is a property (`images`, `cycles`, `speedup`); what has an entry
+    for each layer, or changes something, is a method.
+
     Attributes
     ----------
     model : nn.Module
         The attached network.
-    config : ArrayConfig
-        The array; each layer has its own thread count beside it.
-    errors : bool
-        Whether layers are compared with T = 1.
-    fuse : bool
-        Whether BatchNorm and ReLU are done with the convolution before them.
-    reorder : bool
-        Whether the orders gathered by ``calibrate(reorder=True)`` are in force.
-    layers : dict of str to HookedLayer
+    layers : dict of str to ArrayLayer
         Every Conv2d and Linear by name, those in float included.
     """
 
@@ -143,90 +148,74 @@ class Simulation:
         linear: bool,
         depthwise: bool,
         errors: bool,
-        exclude: Iterable[str],
+        exclude: Exclusion | Iterable[Exclusion],
         per_channel: bool,
         fuse: bool,
     ) -> None:
         self.model = model
-        self.config = config
-        self.errors = errors
-        self.per_channel = per_channel
-        self.fuse = fuse
-        self._include_first = first
+        self._settings = ArraySettings(config, per_channel, errors, fuse)
+        self._choice = Choice(first, linear, depthwise, excluded_layers(model, exclude))
         self._first_name: str | None = None
-        self._reorder = False
         self._threads_by_name: dict[str, int] = {}
-        excluded = parse_layer_names(exclude, "exclude")
-        self.layers: dict[str, HookedLayer] = {}
-        for name, module in model.named_modules():
-            excluded_here = name in excluded
-            excluded.discard(name)
-            if isinstance(module, _ConvNd | nn.Linear):
-                self._add_layer(name, module, linear, depthwise, excluded_here)
-        if excluded:
-            name = min(excluded)
-            raise ConfigError(
-                f"exclude names {name!r}, which the model does not have{nearest(name, self.layers)}"
-            )
-        self._check_something_to_simulate()
-        self._attached = True
         self._images = 0
         self._forward_begins = False
-        self._hook = model.register_forward_pre_hook(self._begin_forward)
-        # torch's fast path of attention layers reads weights past the modules that hold them.
-        self._fast_path = torch.backends.mha.get_fastpath_enabled()
-        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
-            torch.backends.mha.set_fastpath_enabled(False)
+        self._attached = False
+
+        self.layers: dict[str, ArrayLayer] = {}
+        self._blocks: list[FusedBlock] = []
+        self._stand_ins: list[StandIn] = []
+        _check_free(model)
+        named = [*model.named_modules()]
+        hooks = [self._hook(name, module) for name, module in named if self._is_hooked(name, module)]
+        self._check_something_to_simulate()
+        self._has_attention = any(
+            isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()
+        )
         keep_heap()
-        for layer in self.layers.values():
-            layer.module.forward = layer  # type: ignore[method-assign]
-        self._blocks = []
-        for module in model.modules():
-            if (forward := known_forward(module)) is not None:
-                self._blocks.append(FusedBlock(self, module, forward))
-                module.forward = self._blocks[-1]
+        try:
+            for hook in hooks:
+                self._install(hook)
+            for _, module in named:
+                if (forward := known_forward(module)) is not None:
+                    self._blocks.append(FusedBlock(module, forward, self._settings))
+                    self._install(self._blocks[-1])
+            self._install(RootWatch(model, self._begin_forward))
+        except BaseException:
+            self._remove_stand_ins()
+            raise
+        if self._has_attention:
+            FAST_PATH.switch_off()
+        self._known = {id(module) for module in model.modules() if is_layer(module)}
+        self._attached = True
 
-    def _begin_forward(self, *_: Any) -> None:
-        self._forward_begins = True
+    def _is_hooked(self, name: str, module: nn.Module) -> bool:
+        """Whether a module is a layer that has a row in the report."""
+        if not is_layer(module):
+            return False
+        if not isinstance(module, nn.Conv2d | nn.Linear) and name in self._choice.excluded:
+            return False
+        check_kind(name, module)
+        return True
 
-    def _add_layer(self, name: str, module: nn.Module, linear: bool, depthwise: bool, excluded: bool) -> None:
-        if isinstance(module.__dict__.get("forward"), HookedLayer):
-            raise ConfigError(f"layer {name!r} is attached to a simulation already; detach that one first")
-        if not isinstance(module, nn.Conv2d | nn.Linear):
-            if excluded:
-                return
-            raise UnsupportedLayerError(
-                f"layer {name!r} is a {type(module).__name__}; the array runs Conv2d and Linear. "
-                "Name it in `exclude` to leave it in float"
-            )
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            raise UnsupportedLayerError(
-                f"layer {name!r} is lazy and has no shape yet; run one float forward first"
-            )
-        reason = None
-        if excluded:
-            reason = EXCLUDED
-        elif isinstance(module, nn.Linear):
-            reason = None if linear else LINEAR
-        elif LayerGeometry.of(module).depthwise and not depthwise:
-            reason = DEPTHWISE
-        k = LayerGeometry.of(module).gemm_k
-        if reason is None and k > MAX_K:
-            raise UnsupportedLayerError(
-                f"layer {name!r} has K={k}, which could overflow a 32-bit accumulator; at most {MAX_K} is "
-                "possible. Name it in `exclude` to leave it in float"
-            )
-        if reason is None and not _has_standard_forward(module):
-            raise UnsupportedLayerError(
-                f"layer {name!r} ({type(module).__name__}) has a forward of its own, which the array would "
-                "not honour. Name it in `exclude` to leave it in float"
-            )
-        self.layers[name] = HookedLayer(self, name, module, reason)
+    def _hook(self, name: str, module: nn.Module) -> StandIn:
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        layer = self._make_layer(name, module, LayerGeometry.of(module), isinstance(module, nn.Linear))
+        if has_standard_forward(module):
+            return DirectHook(module, layer)
+        return CatchingHook(module, name, self.layers, self._make_layer)
+
+    def _make_layer(
+        self, name: str, module: nn.Module, geometry: LayerGeometry, is_linear: bool
+    ) -> ArrayLayer:
+        reason = self._choice.reason(name, geometry, is_linear)
+        layer = ArrayLayer(name, module, geometry, is_linear, reason, self._settings, self)
+        self.layers[name] = layer
+        return layer
 
     def _check_something_to_simulate(self) -> None:
         candidates = [layer for layer in self.layers.values() if layer.reason is None]
-        convolutions = [layer for layer in self.layers.values() if isinstance(layer.module, nn.Conv2d)]
-        if not self._include_first and len(convolutions) == 1:
+        convolutions = [layer for layer in self.layers.values() if not layer.is_linear]
+        if not self._choice.first and len(convolutions) == 1:
             candidates = [layer for layer in candidates if layer is not convolutions[0]]
         if not candidates:
             left = ", ".join(
@@ -234,6 +223,14 @@ class Simulation:
                 for layer in self.layers.values()
             )
             raise ConfigError(f"the model has no layer to simulate ({left or 'no Conv2d or Linear at all'})")
+
+    def _install(self, stand_in: StandIn) -> None:
+        stand_in.install()
+        self._stand_ins.append(stand_in)
+
+    def _remove_stand_ins(self) -> None:
+        while self._stand_ins:
+            self._stand_ins.pop().remove()  # the last first: it may stand before another
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -245,35 +242,50 @@ class Simulation:
     ) -> None:
         self.detach()
 
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "a Simulation cannot be copied or pickled; copy its model, which gives a float network, and "
+            "attach that"
+        )
+
     def detach(self) -> None:
         """Take the network off the array, leaving it as it was before `attach`.
 
-        Statistics that were recalibrated meanwhile stay. Detaching twice does nothing.
+        Statistics that were recalibrated meanwhile stay. Reports can still be read. Detaching twice does
+        nothing.
         """
-        if self._attached:
-            self._attached = False
-            self._hook.remove()
-            torch.backends.mha.set_fastpath_enabled(self._fast_path)
-        for block in self._blocks:
-            if block.module.__dict__.get("forward") is block:
-                del block.module.forward
-        for layer in self.layers.values():
-            if layer.module.__dict__.get("forward") is layer:
-                del layer.module.forward
-                if layer.module.forward != layer.original_forward:
-                    layer.module.forward = layer.original_forward
+        if not self._attached:
+            return
+        self._attached = False
+        self._remove_stand_ins()
+        if self._has_attention:
+            FAST_PATH.release()
 
-    @property
-    def knows_first(self) -> bool:
-        """Whether it is settled which convolution is the first."""
-        return self._include_first or self._first_name is not None
+    def _check_attached(self, what: str) -> None:
+        if not self._attached:
+            raise ConfigError(f"{what}: this simulation is detached; attach the model again")
 
-    def note_execution(self, layer: HookedLayer, images: int = 0) -> None:
-        """Count the images of a forward, and leave the first convolution in float unless ``first=True``."""
-        if self._forward_begins:
-            self._forward_begins = False
-            self._images += images
-        if self._include_first or self._first_name is not None or not isinstance(layer.module, nn.Conv2d):
+    # -- what layers say -----------------------------------------------------------------------
+
+    def _begin_forward(self) -> None:
+        self._forward_begins = True
+        if self._has_attention:
+            FAST_PATH.keep_off()
+        newcomers = [
+            module for module in self.model.modules() if is_layer(module) and id(module) not in self._known
+        ]
+        if newcomers:
+            self._known |= {id(module) for module in newcomers}
+            names = [name for name, module in self.model.named_modules() if module in newcomers]
+            warnings.warn(
+                f"{len(names)} layer(s) were added or replaced after attach, such as {names[0]!r}: they run "
+                "in float, uncounted; detach and attach again",
+                stacklevel=4,
+            )
+
+    def layer_called(self, layer: ArrayLayer) -> None:
+        """Settle that the first convolution that runs is the first, and stays in float unless asked for."""
+        if self.knows_first() or layer.is_linear:
             return
         if layer.reason is None:
             waiting = "capture" if layer.captures else ""
@@ -286,6 +298,16 @@ class Simulation:
                 )
             layer.reason = FIRST_CONVOLUTION
         self._first_name = layer.name
+
+    def layer_ran(self, images: int) -> None:
+        """Count the images of a forward, as its first layer saw them."""
+        if self._forward_begins:
+            self._forward_begins = False
+            self._images += images
+
+    def knows_first(self) -> bool:
+        """Whether it is settled which convolution is the first."""
+        return self._choice.first or self._first_name is not None
 
     # -- calibration ---------------------------------------------------------------------------
 
@@ -320,6 +342,7 @@ class Simulation:
         ConfigError
             If `images` or `percentile` is out of range.
         """
+        self._check_attached("calibrate")
         images = parse_count(images, "images")
         if percentile is not None and not (isinstance(percentile, int | float) and 0 < percentile <= 100):
             raise ConfigError(f"percentile={percentile!r} is out of range; it must be in (0, 100]")
@@ -338,7 +361,9 @@ class Simulation:
             ranges = {layer.name: observers[layer.name].result() for layer in self.simulated()}
             wide = {}
             if reorder:
-                wide = {layer.name: WideObserver(layer, ranges[layer.name]) for layer in self.simulated()}
+                wide = {
+                    layer.name: WideObserver(ranges[layer.name], layer.geometry) for layer in self.simulated()
+                }
                 run_observed(self.model, self.layers.values(), wide, image_batches(loader, images))
         finally:
             self.reset()
@@ -372,6 +397,7 @@ class Simulation:
         ConfigError
             If a name is unknown or its layer stays in float, or a scale is not positive and finite.
         """
+        self._check_attached("set_ranges")
         if not isinstance(ranges, Mapping):
             raise ConfigError(f"set_ranges got {type(ranges).__name__}; a mapping of layer names is needed")
         parsed = {}
@@ -400,6 +426,7 @@ class Simulation:
             If a name is unknown or its layer stays in float, or scales are not positive, not finite or
             not as many as output channels.
         """
+        self._check_attached("set_weight_scales")
         if not isinstance(scales, Mapping):
             raise ConfigError(
                 f"set_weight_scales got {type(scales).__name__}; a mapping of layer names is needed"
@@ -409,14 +436,47 @@ class Simulation:
             layer = self._simulated_layer(name, "set_weight_scales")
             parsed[layer] = None if given is None else _weight_scales(given, layer)
         for layer, values in parsed.items():
-            layer.own_weight_scales = values
-            layer.forget_packed()
+            layer.weights.own_scales = values
+            layer.weights.forget()
         self.reset()
+
+    # -- settings ------------------------------------------------------------------------------
+
+    def _set(self, **changes: Any) -> None:
+        """Replace settings, and hand them down."""
+        self._settings = self._settings.replaced(changes)
+        for layer in self.layers.values():
+            layer.settings = self._settings
+        for block in self._blocks:
+            block.settings = self._settings
+
+    @property
+    def config(self) -> ArrayConfig:
+        """The array; each layer has its own thread count beside it."""
+        return self._settings.config
+
+    @property
+    def errors(self) -> bool:
+        """Whether layers are compared with T = 1; can be set."""
+        return self._settings.errors
+
+    @errors.setter
+    def errors(self, on: bool) -> None:
+        self._set(errors=on)
+
+    @property
+    def fuse(self) -> bool:
+        """Whether BatchNorm and ReLU are done with the convolution before them; can be set."""
+        return self._settings.fuse
+
+    @fuse.setter
+    def fuse(self, on: bool) -> None:
+        self._set(fuse=on)
 
     @property
     def reorder(self) -> bool:
-        """Whether the orders gathered in calibration are in force; set it to switch them on or off."""
-        return self._reorder
+        """Whether the orders gathered in calibration are in force; can be set."""
+        return self._settings.reorder
 
     @reorder.setter
     def reorder(self, on: bool) -> None:
@@ -427,11 +487,9 @@ class Simulation:
             raise CalibrationError(
                 f"layer {missing[0]!r} has no reordering statistics; calibrate(loader, reorder=True) first"
             )
-        self._reorder = on
+        self._set(reorder=on)
         for layer in self.layers.values():
-            layer.forget_packed()
-
-    # -- settings ------------------------------------------------------------------------------
+            layer.weights.forget()
 
     def set_threads(self, threads: int | Mapping[str, int]) -> None:
         """Set the thread count of all simulated layers, or of those named; resets the counters.
@@ -446,6 +504,7 @@ class Simulation:
         ConfigError
             If a count is not 1, 2 or 4, or a name is unknown or its layer stays in float.
         """
+        self._check_attached("set_threads")
         if isinstance(threads, Mapping):
             parsed = {
                 self._simulated_layer(name, "set_threads"): parse_threads(count, f"threads of layer {name!r}")
@@ -474,11 +533,12 @@ class Simulation:
         ConfigError
             If a field or value does not exist.
         """
+        self._check_attached("reconfigure")
         if "threads" in changes:
             raise ConfigError("reconfigure cannot change threads; use set_threads")
-        self.config = self.config.replace(**changes)
+        self._set(config=self.config.replace(**changes))
         for layer in self.layers.values():
-            layer.forget_packed()
+            layer.weights.forget()
         self.reset()
 
     def capture(self, name: str, image: int = 0, group: int = 0) -> CapturedGemm:
@@ -502,6 +562,7 @@ class Simulation:
         ConfigError
             If the name is unknown, its layer stays in float, or image or group is out of range.
         """
+        self._check_attached("capture")
         layer = self._simulated_layer(name, "capture")
         image, group = parse_count(image, "image", 0), parse_count(group, "group", 0)
         if group >= layer.geometry.groups:
@@ -510,11 +571,11 @@ class Simulation:
         layer.captures.append(captured)
         return captured
 
-    def simulated(self) -> Iterator[HookedLayer]:
+    def simulated(self) -> Iterator[ArrayLayer]:
         """Iterate over the layers that run on the array."""
         return (layer for layer in self.layers.values() if layer.reason is None)
 
-    def _simulated_layer(self, name: str, where: str) -> HookedLayer:
+    def _simulated_layer(self, name: str, where: str) -> ArrayLayer:
         layer = self.layers.get(name)
         if layer is None:
             raise ConfigError(
@@ -540,29 +601,27 @@ class Simulation:
     @property
     def cycles(self) -> int:
         """Array cycles of all Conv2d and Linear layers, those left in float counted at T = 1."""
-        return sum(layer.stats.cycles for layer in self.layers.values())
+        return sum(layer.counts.stats.cycles for layer in self.layers.values())
 
     @property
     def speedup(self) -> float:
         """MAC-weighted speedup of the simulated layers: sum of macs / sum of (macs / T); 1.0 without macs."""
-        return _mac_speedup((layer.stats.macs, layer.threads) for layer in self.simulated())
+        return mac_speedup(self.simulated())
 
     @property
     def network_speedup(self) -> float:
         """The same over all Conv2d and Linear layers, those left in float counted at T = 1."""
-        return _mac_speedup(
-            (layer.stats.macs, layer.threads if layer.reason is None else 1) for layer in self.layers.values()
-        )
+        return mac_speedup(self.layers.values())
 
     @property
     def speedup_cycles(self) -> float:
         """Cycles at T = 1 over cycles as configured, of the simulated layers; 1.0 without cycles."""
-        return _cycle_speedup(self.simulated())
+        return cycle_speedup(self.simulated())
 
     @property
     def network_speedup_cycles(self) -> float:
         """The same over all Conv2d and Linear layers, those left in float counted at T = 1."""
-        return _cycle_speedup(self.layers.values())
+        return cycle_speedup(self.layers.values())
 
     def report(self, energy: EnergyTable | None = None, memory: Memory | None = None) -> pd.DataFrame:
         """Return a row for each Conv2d and Linear, those left in float included.
@@ -584,48 +643,14 @@ class Simulation:
             whatever the table's unit is; 0 in float); with ``errors=True`` ``sqnr_db`` (dB) and ``mse``;
             ``reason`` a layer is in float or empty.
         """
-        energy, memory = energy or load_table(), memory or Memory()
-        rows = [self._report_row(layer, energy, memory) for layer in self.layers.values()]
-        return pd.DataFrame(rows)
-
-    def _report_row(self, layer: HookedLayer, energy: EnergyTable, memory: Memory) -> dict[str, Any]:
-        simulated = layer.reason is None
-        m, n, k = layer.gemm_shape or (0, layer.geometry.gemm_n, layer.geometry.gemm_k)
-        record = layer.stats.to_record()
-        row: dict[str, Any] = {
-            "name": layer.name,
-            "M": m,
-            "N": n,
-            "K": k,
-            "groups": layer.geometry.groups,
-            "images": layer.images,
-            "threads": layer.threads if simulated else 0,
-            "macs": record["macs"],
-            "cycles": record["cycles"],
-        }
-        row |= {f"active_{c}": record.get(f"active_{c}", 0) for c in range(5)}
-        row |= {
-            key: record[key]
-            for key in (
-                "collisions",
-                "collision_rate",
-                "utilization",
-                "reduced_activations",
-                "reduced_weights",
-                "speedup_cycles",
-            )
-        }
-        row |= layer_energy(layer, energy, memory)
-        if self.errors or any(one.compared for one in self.layers.values()):
-            row |= {"sqnr_db": layer.sqnr_db, "mse": layer.mse}
-        row["reason"] = layer.reason or ("" if layer.images else NOT_REACHED)
-        return row
+        return layer_report(self.layers.values(), self.errors, energy, memory)
 
 
-def _weight_scales(given: np.ndarray | float, layer: HookedLayer) -> np.ndarray:
+def _weight_scales(given: np.ndarray | float, layer: ArrayLayer) -> np.ndarray:
     channels = layer.geometry.out_channels
     try:
-        values = np.broadcast_to(np.asarray(given, np.float32), channels).copy()
+        values = np.asarray(given, np.float32)
+        np.broadcast_to(values, channels)  # raises where they are not one or as many
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"weight scales of layer {layer.name!r}: {channels} numbers or one are needed ({error})"
@@ -635,24 +660,13 @@ def _weight_scales(given: np.ndarray | float, layer: HookedLayer) -> np.ndarray:
     return values
 
 
-def _has_standard_forward(module: nn.Module) -> bool:
-    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    methods = ("forward", "_conv_forward") if kind is nn.Conv2d else ("forward",)
-    return "forward" not in module.__dict__ and all(
-        inspect.getattr_static(type(module), method) is inspect.getattr_static(kind, method)
-        for method in methods
-    )
-
-
-def _mac_speedup(layers: Iterable[tuple[int, int]]) -> float:
-    total, time = 0, Fraction(0)
-    for macs, threads in layers:
-        total += macs
-        time += Fraction(macs, threads)
-    return float(total / time) if time else 1.0
-
-
-def _cycle_speedup(layers: Iterable[HookedLayer]) -> float:
-    stats = [layer.stats for layer in layers]
-    cycles = sum(s.cycles for s in stats)
-    return sum(s.single_thread_cycles for s in stats) / cycles if cycles else 1.0
+def _check_free(model: nn.Module) -> None:
+    """Raise if a module has a stand-in already; warn of layers that nobody can give one."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            if module.original_name.startswith(("Conv", "Linear")):
+                warnings.warn(
+                    f"layer {name!r} is compiled by TorchScript: it runs in float, uncounted", stacklevel=5
+                )
+        elif isinstance(module.__dict__.get("forward"), StandIn):
+            raise ConfigError(f"module {name!r} is attached to a simulation already; detach that one first")
