@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,12 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from sysmt.errors import CalibrationError
-from sysmt.nn.array.layer import ArrayLayer
 from sysmt.nn.array.lowering import LayerGeometry
 from sysmt.nn.passes import evaluation_mode
 from sysmt.quant.uniform import ActivationRange, activation_range
 
 __all__ = ["RangeObserver", "WideObserver", "run_observed"]
+
+
+class _Observer(Protocol):
+    def end_forward(self) -> None: ...
 
 
 class RangeObserver:
@@ -115,21 +118,19 @@ class WideObserver:
 
 
 def run_observed(
-    model: nn.Module,
-    layers: Iterable[ArrayLayer],
-    observers: dict[str, Any],
-    batches: Iterable[torch.Tensor],
+    model: nn.Module, observers: Mapping[str, _Observer], batches: Iterable[torch.Tensor]
 ) -> None:
-    """Run the float network over `batches` with an observer at each named layer."""
-    watched = [layer for layer in layers if layer.name in observers]
-    try:
-        for layer in watched:
-            layer.observer = observers[layer.name]
-        with evaluation_mode(model):
-            for batch in batches:
-                model(batch)
-                for observer in observers.values():
-                    observer.end_forward()
-    finally:
-        for layer in watched:
-            layer.observer = None
+    """Run the float network over `batches`, and tell its layers' observers where each forward ends.
+
+    Parameters
+    ----------
+    model : nn.Module
+    observers : mapping of str to observer
+        By layer; more may come in while the network runs.
+    batches : iterable of Tensor
+    """
+    with evaluation_mode(model):
+        for batch in batches:
+            model(batch)
+            for observer in observers.values():
+                observer.end_forward()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sysmt.errors import UnsupportedLayerError
 from sysmt.nn.array.epilogue import NOTHING, Epilogue
 from sysmt.nn.array.layer import ArrayLayer, LayerCall
 from sysmt.nn.array.lowering import LayerGeometry
@@ -220,6 +221,11 @@ def _parse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return _CALLS[func](*args, **kwargs)
 
 
+# torch.compile leaves what is marked like this to Python, instead of compiling half of it.
+DirectHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+CatchingHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 class RootWatch(StandIn):
     """Stands in for the forward of the whole network, to say when one begins."""
 
@@ -232,3 +238,11 @@ class RootWatch(StandIn):
         if self.in_place:
             self._begin()
         return self.original_forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("__code__", "__globals__"):  # torch.export and TorchScript ask for them, and would go on
+            raise UnsupportedLayerError(
+                f"{type(self.module).__name__} is attached to a simulation: it cannot be exported, or "
+                "compiled by TorchScript; detach() first"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,8 @@ from sysmt.nn.passes import image_batches
 from sysmt.quant.uniform import ActivationRange
 
 __all__ = ["Simulation", "attach"]
+
+_Made = TypeVar("_Made", RangeObserver, WideObserver)
 
 
 def attach(
@@ -160,7 +163,7 @@ class Simulation:
         self._images = 0
         self._forward_begins = False
         self._attached = False
-
+        self._observe: Callable[[ArrayLayer], None] | None = None
         self.layers: dict[str, ArrayLayer] = {}
         self._blocks: list[FusedBlock] = []
         self._stand_ins: list[StandIn] = []
@@ -210,6 +213,8 @@ class Simulation:
         reason = self._choice.reason(name, geometry, is_linear)
         layer = ArrayLayer(name, module, geometry, is_linear, reason, self._settings, self)
         self.layers[name] = layer
+        if self._observe is not None:
+            self._observe(layer)
         return layer
 
     def _check_something_to_simulate(self) -> None:
@@ -355,16 +360,16 @@ class Simulation:
             layer = self.layers[self._first_name]
             layer.reason = None if layer.reason == FIRST_CONVOLUTION else layer.reason
             self._first_name = None
-        observers = {layer.name: RangeObserver(layer.name, percentile) for layer in self.simulated()}
+        wide: dict[str, WideObserver] = {}
         try:
-            run_observed(self.model, self.layers.values(), observers, image_batches(loader, images))
+            with self._observed(lambda layer: RangeObserver(layer.name, percentile)) as observers:
+                run_observed(self.model, observers, image_batches(loader, images))
             ranges = {layer.name: observers[layer.name].result() for layer in self.simulated()}
-            wide = {}
             if reorder:
-                wide = {
-                    layer.name: WideObserver(ranges[layer.name], layer.geometry) for layer in self.simulated()
-                }
-                run_observed(self.model, self.layers.values(), wide, image_batches(loader, images))
+                with self._observed(
+                    lambda layer: WideObserver(ranges.get(layer.name), layer.geometry)
+                ) as wide:
+                    run_observed(self.model, wide, image_batches(loader, images))
         finally:
             self.reset()
         for name, range_ in ranges.items():
@@ -379,6 +384,25 @@ class Simulation:
                 "in float and uncounted",
                 stacklevel=2,
             )
+
+    @contextlib.contextmanager
+    def _observed(self, make: Callable[[ArrayLayer], _Made]) -> Iterator[dict[str, _Made]]:
+        """Let each simulated layer be observed, those that a forward brings along included."""
+        observers: dict[str, _Made] = {}
+
+        def observe(layer: ArrayLayer) -> None:
+            if layer.reason is None:
+                layer.observer = observers[layer.name] = make(layer)
+
+        self._observe = observe
+        try:
+            for layer in self.layers.values():
+                observe(layer)
+            yield observers
+        finally:
+            self._observe = None
+            for layer in self.layers.values():
+                layer.observer = None
 
     def ranges(self) -> dict[str, ActivationRange]:
         """Return the activation range of every simulated layer that has one."""
