@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from sysmt.nn.array.epilogue import Epilogue, fixed_affine
-from sysmt.nn.array.hooks import DirectHook
+from sysmt.nn.array.hooks import RUNNING, DirectHook
 from sysmt.nn.array.settings import ArraySettings
 from sysmt.nn.array.stand_in import StandIn, patched_forward
 
@@ -54,8 +54,8 @@ def _is_unobserved() -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack() > RUNNING.function_modes
+        or torch._C._len_torch_dispatch_stack() > RUNNING.dispatch_modes
         or torch._C._get_tracing_state() is not None
         or torch.compiler.is_compiling()
         or torch_module._has_any_global_hook()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,18 @@ from sysmt.nn.array.layer import ArrayLayer, LayerCall
 from sysmt.nn.array.lowering import LayerGeometry
 from sysmt.nn.array.stand_in import StandIn, patched_forward
 
-__all__ = ["CatchingHook", "DirectHook", "RootWatch", "has_standard_forward"]
+__all__ = [
+    "CALLS",
+    "RUNNING",
+    "CatchingHook",
+    "Order",
+    "DirectHook",
+    "RootWatch",
+    "compute_call",
+    "has_standard_forward",
+    "own_modes",
+    "running",
+]
 
 
 def has_standard_forward(module: nn.Module) -> bool:
@@ -32,22 +44,41 @@ def has_standard_forward(module: nn.Module) -> bool:
     )
 
 
-class _Running(threading.local):
-    """Whose forward is running in this thread, of those that catch calls; None inside any other layer."""
+class Running(threading.local):
+    """Who takes the calls that are made in this thread now; None where a layer is counted already."""
 
-    owner: CatchingHook | None = None
+    owner: object = None
+    function_modes: int = 0
+    """How many of the modes on torch's stacks are a simulation's own."""
+    dispatch_modes: int = 0
 
 
-_RUNNING = _Running()
+RUNNING = Running()
 
 
 @contextmanager
-def _running(owner: CatchingHook | None) -> Iterator[None]:
-    before, _RUNNING.owner = _RUNNING.owner, owner
+def running(owner: object) -> Iterator[None]:
+    """Let `owner` take the calls that are made inside the block."""
+    before, RUNNING.owner = RUNNING.owner, owner
     try:
         yield
     finally:
-        _RUNNING.owner = before
+        RUNNING.owner = before
+
+
+Order = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+@contextmanager
+def own_modes(function: bool, dispatch: bool) -> Iterator[None]:
+    """Say that the modes which the block puts on torch's stacks are a simulation's own."""
+    before = RUNNING.function_modes, RUNNING.dispatch_modes
+    RUNNING.function_modes += function
+    RUNNING.dispatch_modes += dispatch
+    try:
+        yield
+    finally:
+        RUNNING.function_modes, RUNNING.dispatch_modes = before
 
 
 class DirectHook(StandIn):
@@ -68,7 +99,7 @@ class DirectHook(StandIn):
         self.layer.announce()
         given = (*args, *kwargs.values())
         if self.layer.reason is not None or len(given) != 1 or kwargs.keys() - {"input"}:
-            with _running(None):
+            with running(None):
                 y = self.original_forward(*args, **kwargs)
             self.layer.note_float(self._current_geometry(), y)
             return y
@@ -85,7 +116,7 @@ class DirectHook(StandIn):
         return self.layer.compute(call, lambda: self._in_float(x), epilogue)
 
     def _in_float(self, x: Tensor) -> Tensor:
-        with _running(None):
+        with running(None):
             y: Tensor = self.original_forward(x)
         return y
 
@@ -153,24 +184,18 @@ class CatchingHook(StandIn):
         if not self.in_place:
             return self.original_forward(*args, **kwargs)
         self._calls = 0
-        with _running(self), self._catcher:
+        with running(self), self._catcher:
             return self.original_forward(*args, **kwargs)
 
     def caught(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute one call of `conv2d` or `linear` in the module's forward."""
-        call = _parse(func, args, kwargs)
+        call = CALLS[func](*args, **kwargs)
         self._calls += 1
         name = self._name if self._calls == 1 else f"{self._name}#{self._calls}"
         layer = self._layers.get(name)
         if layer is None:
             layer = self._make_layer(name, self.module, call.geometry, call.is_linear)
-        layer.is_linear = call.is_linear
-        layer.announce()
-        if layer.reason is not None:
-            y = func(*args, **kwargs)
-            layer.note_float(call.geometry, y)
-            return y
-        return layer.compute(call, lambda: func(*args, **kwargs))
+        return compute_call(layer, call, func, args, kwargs)
 
 
 class _Catcher(TorchFunctionMode):
@@ -183,7 +208,7 @@ class _Catcher(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _CALLS and _RUNNING.owner is self._hook:
+        if func in CALLS and RUNNING.owner is self._hook:
             return self._hook.caught(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
@@ -205,7 +230,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> LayerCall:
     return LayerCall(input, weight, bias, LayerGeometry.of_call(weight.shape), is_linear=True)
 
 
-_CALLS: dict[Any, Callable[..., LayerCall]] = {
+CALLS: dict[Any, Callable[..., LayerCall]] = {
     F.conv2d: _conv2d,
     torch.ops.aten.conv2d: _conv2d,
     torch.ops.aten.conv2d.default: _conv2d,
@@ -217,8 +242,43 @@ _CALLS: dict[Any, Callable[..., LayerCall]] = {
 """The functions that are taken, and how their arguments are named."""
 
 
-def _parse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-    return _CALLS[func](*args, **kwargs)
+def compute_call(
+    layer: ArrayLayer,
+    call: LayerCall,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    order: Order | None = None,
+) -> Any:
+    """Compute a call that was taken, for a layer: with torch's own function where it stays in float.
+
+    Parameters
+    ----------
+    layer : ArrayLayer
+    call : LayerCall
+    func, args, kwargs
+        The call as it was made.
+    order : (callable, callable), optional
+        Brings inputs and outputs into the order that the array wants, images first, and outputs back.
+    """
+    to_array, from_array = order or (_as_it_is, _as_it_is)
+
+    def in_float() -> Any:
+        with running(None):
+            return to_array(func(*args, **kwargs))
+
+    layer.is_linear = call.is_linear
+    layer.announce()
+    if layer.reason is None:
+        call = dataclasses.replace(call, x=to_array(call.x))
+        return from_array(layer.compute(call, in_float))
+    y = in_float()
+    layer.note_float(call.geometry, y)
+    return from_array(y)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 # torch.compile leaves what is marked like this to Python, instead of compiling half of it.
@@ -227,17 +287,25 @@ CatchingHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class RootWatch(StandIn):
-    """Stands in for the forward of the whole network, to say when one begins."""
+    """Stands in for the forward of the whole network.
 
-    def __init__(self, module: nn.Module, begin: Callable[[], None]) -> None:
+    Parameters
+    ----------
+    module : nn.Module
+    forward : callable
+        Returns the context that a forward runs in.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__(module)
-        self._begin = begin
+        self._forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network."""
-        if self.in_place:
-            self._begin()
-        return self.original_forward(*args, **kwargs)
+        if not self.in_place:
+            return self.original_forward(*args, **kwargs)
+        with self._forward():
+            return self.original_forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("__code__", "__globals__"):  # torch.export and TorchScript ask for them, and would go on
@@ -246,3 +314,6 @@ class RootWatch(StandIn):
                 "compiled by TorchScript; detach() first"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+RootWatch.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 
@@ -52,6 +53,15 @@ class LayerCounts:
         self.images += images
         self.sizes[geometry, out_size] += images
         self.stats += gemm_stats(counters, m, n, k, config, images * geometry.groups)
+
+    def add_products(
+        self, products: Iterable[tuple[int, int, int, int]], images: int, config: ArrayConfig
+    ) -> None:
+        """Count GEMMs that torch has computed, each (M, N, K, how many); `config` has one thread."""
+        for m, n, k, count in products:
+            self.gemm_shape = (m, n, k)
+            self.stats += gemm_stats(Counters(()), m, n, k, config, count)
+        self.images += images
 
     def compare(self, y: torch.Tensor, exact: torch.Tensor) -> None:
         """Note how far an output is from that of T = 1."""

@@ -21,17 +21,22 @@ __all__ = [
     "FIRST_CONVOLUTION",
     "LINEAR",
     "NOT_REACHED",
+    "FUNCTIONAL",
+    "NEW",
     "Choice",
     "Exclusion",
-    "check_kind",
     "excluded_layers",
     "is_layer",
+    "string_entries",
+    "unsupported",
 ]
 
 FIRST_CONVOLUTION = "first convolution (first=False)"
 LINEAR = "fully connected layer (linear=False)"
 DEPTHWISE = "depthwise convolution (depthwise=False)"
 EXCLUDED = "excluded by name"
+FUNCTIONAL = "functional call (functional=False)"
+NEW = "made or added after attach"
 NOT_REACHED = "not reached by any forward so far"
 
 Exclusion = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -49,16 +54,30 @@ class Choice:
 
     Attributes
     ----------
-    first, linear, depthwise : bool
+    first, linear, depthwise, functional : bool
         As in `sysmt.attach`.
     excluded : frozenset of str
         Names of layers that stay in float in any case.
+    patterns : tuple of str
+        The names and patterns that were excluded, for calls that belong to no layer's module.
     """
 
     first: bool
     linear: bool
     depthwise: bool
+    functional: bool
     excluded: frozenset[str]
+    patterns: tuple[str, ...]
+
+    def functional_reason(
+        self, name: str, module: nn.Module, geometry: LayerGeometry, is_linear: bool
+    ) -> str | None:
+        """Return the same for a call of `conv2d` or `linear` that no hooked module makes."""
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            return NEW
+        if not self.functional and not isinstance(module, nn.MultiheadAttention):
+            return FUNCTIONAL
+        return self.reason(name, geometry, is_linear)
 
     def reason(self, name: str, geometry: LayerGeometry, is_linear: bool) -> str | None:
         """Return why a layer stays in float, or None if it is simulated.
@@ -69,6 +88,8 @@ class Choice:
             If it should be simulated and its K is too large.
         """
         if name.partition("#")[0] in self.excluded:
+            return EXCLUDED
+        if any(_lies_in(name, entry) or fnmatch.fnmatchcase(name, entry) for entry in self.patterns):
             return EXCLUDED
         if is_linear and not self.linear:
             return LINEAR
@@ -82,17 +103,22 @@ class Choice:
         return None
 
 
-def check_kind(name: str, module: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` for a layer that is no Conv2d or Linear with a shape."""
+def unsupported(name: str, module: nn.Module) -> str | None:
+    """Return why the array cannot take a layer, or None if it can: a Conv2d or Linear that has a shape."""
     if not isinstance(module, nn.Conv2d | nn.Linear):
-        raise UnsupportedLayerError(
-            f"layer {name!r} is a {type(module).__name__}; the array runs Conv2d and Linear. "
-            "Name it in `exclude` to leave it in float"
-        )
+        return f"layer {name!r} is a {type(module).__name__}; the array runs Conv2d and Linear"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        raise UnsupportedLayerError(
-            f"layer {name!r} is lazy and has no shape yet; run one float forward first"
-        )
+        return f"layer {name!r} is lazy and has no shape yet; run one float forward first"
+    return None
+
+
+def string_entries(exclude: Exclusion | Iterable[Exclusion]) -> tuple[str, ...]:
+    """Return the names and patterns among the entries of `exclude`."""
+    if isinstance(exclude, str):
+        return (exclude,)
+    if isinstance(exclude, type) or callable(exclude):
+        return ()
+    return tuple(entry for entry in exclude if isinstance(entry, str))
 
 
 def excluded_layers(model: nn.Module, exclude: Exclusion | Iterable[Exclusion]) -> frozenset[str]:

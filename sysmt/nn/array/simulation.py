@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,22 +16,31 @@ from torch import nn
 from sysmt.config import ArrayConfig, parse_count, parse_threads
 from sysmt.cost.energy import EnergyTable
 from sysmt.cost.memory import Memory
-from sysmt.errors import CalibrationError, ConfigError, nearest
+from sysmt.errors import CalibrationError, ConfigError, UnsupportedLayerError, nearest
 from sysmt.hw.kernels import keep_heap
 from sysmt.nn.array.attention import FAST_PATH
 from sysmt.nn.array.calibration import RangeObserver, WideObserver, run_observed
 from sysmt.nn.array.fused_blocks import FusedBlock, known_forward
-from sysmt.nn.array.hooks import CatchingHook, DirectHook, RootWatch, has_standard_forward
+from sysmt.nn.array.hooks import (
+    CatchingHook,
+    DirectHook,
+    RootWatch,
+    has_standard_forward,
+    own_modes,
+    running,
+)
 from sysmt.nn.array.layer import ArrayLayer, CapturedGemm
 from sysmt.nn.array.lowering import LayerGeometry
+from sysmt.nn.array.other_work import FunctionalCalls, Product, UncountedProducts
 from sysmt.nn.array.report import cycle_speedup, layer_report, mac_speedup
 from sysmt.nn.array.selection import (
     FIRST_CONVOLUTION,
     Choice,
     Exclusion,
-    check_kind,
     excluded_layers,
     is_layer,
+    string_entries,
+    unsupported,
 )
 from sysmt.nn.array.settings import ArraySettings
 from sysmt.nn.array.stand_in import StandIn
@@ -54,6 +63,8 @@ def attach(
     exclude: Exclusion | Iterable[Exclusion] = (),
     per_channel: bool = True,
     fuse: bool = True,
+    functional: bool = False,
+    strict: bool = False,
 ) -> Simulation:
     """Put a network's convolutions on the simulated array.
 
@@ -82,6 +93,13 @@ def attach(
         it stores its output, where no gradients are recorded: in ``nn.Sequential`` and in the blocks of
         `sysmt.nn.array.fused_blocks.FORWARDS`, unless a module concerned has hooks. No bit changes;
         torch's profiler does not see them.
+    functional : bool
+        Simulate calls of `torch.nn.functional.conv2d` and `linear` outside any convolution or Linear, too.
+        They are found in the first forward, and counted in float otherwise. The projections of
+        `nn.MultiheadAttention` follow `linear`.
+    strict : bool
+        Raise if there are layers that the array cannot take, and name them all, instead of leaving them in
+        float.
 
     Returns
     -------
@@ -94,12 +112,16 @@ def attach(
         If the model has nothing to simulate, is attached already, or an entry of `exclude` leaves out
         nothing.
     UnsupportedLayerError
-        If a layer (named) is a convolution that the array does not do: transposed, 1-D, 3-D or lazy.
+        If K of a layer (named) is too large; with ``strict=True`` also if there are convolutions that the
+        array does not do: transposed, 1-D, 3-D, or lazy ones without a shape.
 
     Notes
     -----
     A layer with a forward of its own is run as it says; the calls of `torch.nn.functional.conv2d` and
     `linear` in it go to the array, with the operands that they have: padded, standardised or masked.
+
+    Whatever else multiplies, such as the products of attention, transposed convolutions and recurrent
+    layers, stays in float and is counted, each with a row and a reason in the report.
 
     Copies of the attached network, by `copy.deepcopy`, `torch.save` or `pickle`, are plain float networks.
 
@@ -125,6 +147,8 @@ def attach(
         exclude=exclude,
         per_channel=per_channel,
         fuse=fuse,
+        functional=functional,
+        strict=strict,
     )
 
 
@@ -154,14 +178,18 @@ class Simulation:
         exclude: Exclusion | Iterable[Exclusion],
         per_channel: bool,
         fuse: bool,
+        functional: bool,
+        strict: bool,
     ) -> None:
         self.model = model
         self._settings = ArraySettings(config, per_channel, errors, fuse)
-        self._choice = Choice(first, linear, depthwise, excluded_layers(model, exclude))
+        excluded = excluded_layers(model, exclude)
+        self._choice = Choice(first, linear, depthwise, functional, excluded, string_entries(exclude))
         self._first_name: str | None = None
         self._threads_by_name: dict[str, int] = {}
         self._images = 0
         self._forward_begins = False
+        self._forward_images = 0
         self._attached = False
         self._observe: Callable[[ArrayLayer], None] | None = None
         self.layers: dict[str, ArrayLayer] = {}
@@ -169,10 +197,16 @@ class Simulation:
         self._stand_ins: list[StandIn] = []
         _check_free(model)
         named = [*model.named_modules()]
-        hooks = [self._hook(name, module) for name, module in named if self._is_hooked(name, module)]
+        if strict:
+            _check_supported(named, excluded)
+        hooks = [
+            self._hook(name, module)
+            for name, module in named
+            if is_layer(module) and unsupported(name, module) is None
+        ]
         self._check_something_to_simulate()
         self._has_attention = any(
-            isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()
+            isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention) for _, module in named
         )
         keep_heap()
         try:
@@ -182,23 +216,17 @@ class Simulation:
                 if (forward := known_forward(module)) is not None:
                     self._blocks.append(FusedBlock(module, forward, self._settings))
                     self._install(self._blocks[-1])
-            self._install(RootWatch(model, self._begin_forward))
+            self._install(RootWatch(model, self._forward))
         except BaseException:
             self._remove_stand_ins()
             raise
         if self._has_attention:
             FAST_PATH.switch_off()
+        self._functional = FunctionalCalls(model, self.layers, self._make_functional_layer)
+        self._products = UncountedProducts(model, self._note_products)
+        self._surveyed = False
         self._known = {id(module) for module in model.modules() if is_layer(module)}
         self._attached = True
-
-    def _is_hooked(self, name: str, module: nn.Module) -> bool:
-        """Whether a module is a layer that has a row in the report."""
-        if not is_layer(module):
-            return False
-        if not isinstance(module, nn.Conv2d | nn.Linear) and name in self._choice.excluded:
-            return False
-        check_kind(name, module)
-        return True
 
     def _hook(self, name: str, module: nn.Module) -> StandIn:
         assert isinstance(module, nn.Conv2d | nn.Linear)
@@ -210,7 +238,19 @@ class Simulation:
     def _make_layer(
         self, name: str, module: nn.Module, geometry: LayerGeometry, is_linear: bool
     ) -> ArrayLayer:
-        reason = self._choice.reason(name, geometry, is_linear)
+        return self._add_layer(
+            name, module, geometry, is_linear, self._choice.reason(name, geometry, is_linear)
+        )
+
+    def _make_functional_layer(
+        self, name: str, module: nn.Module, geometry: LayerGeometry, is_linear: bool
+    ) -> ArrayLayer:
+        reason = self._choice.functional_reason(name, module, geometry, is_linear)
+        return self._add_layer(name, module, geometry, is_linear, reason)
+
+    def _add_layer(
+        self, name: str, module: nn.Module, geometry: LayerGeometry, is_linear: bool, reason: str | None
+    ) -> ArrayLayer:
         layer = ArrayLayer(name, module, geometry, is_linear, reason, self._settings, self)
         self.layers[name] = layer
         if self._observe is not None:
@@ -222,7 +262,7 @@ class Simulation:
         convolutions = [layer for layer in self.layers.values() if not layer.is_linear]
         if not self._choice.first and len(convolutions) == 1:
             candidates = [layer for layer in candidates if layer is not convolutions[0]]
-        if not candidates:
+        if not candidates and not self._choice.functional:
             left = ", ".join(
                 f"{layer.name or 'the model itself'}: {layer.reason or FIRST_CONVOLUTION}"
                 for layer in self.layers.values()
@@ -272,8 +312,30 @@ class Simulation:
 
     # -- what layers say -----------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        """Run a forward: the first with eyes for everything, later ones for what the first has found."""
+        self._begin_forward()
+        calls = not self._surveyed or self._functional.found
+        products = not self._surveyed or self._products.found
+        if not calls and not products:
+            yield
+            return
+        self._functional.begin()
+        self._products.begin()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(running(self._functional))
+            stack.enter_context(own_modes(calls, products))
+            if calls:
+                stack.enter_context(self._functional)
+            if products:
+                stack.enter_context(self._products)
+            yield
+        self._surveyed = True
+
     def _begin_forward(self) -> None:
         self._forward_begins = True
+        self._forward_images = 0
         if self._has_attention:
             FAST_PATH.keep_off()
         newcomers = [
@@ -308,7 +370,15 @@ class Simulation:
         """Count the images of a forward, as its first layer saw them."""
         if self._forward_begins:
             self._forward_begins = False
+            self._forward_images = images
             self._images += images
+
+    def _note_products(self, name: str, module: nn.Module, reason: str, products: Sequence[Product]) -> None:
+        """Count products that no layer has computed, in a row of their own."""
+        layer = self.layers.get(name)
+        if layer is None:
+            layer = self._add_layer(name, module, LayerGeometry(1, 1), True, reason)
+        layer.counts.add_products(products, self._forward_images, self._settings.array(1))
 
     def knows_first(self) -> bool:
         """Whether it is settled which convolution is the first."""
@@ -682,6 +752,17 @@ def _weight_scales(given: np.ndarray | float, layer: ArrayLayer) -> np.ndarray:
     if not (np.isfinite(values) & (values > 0)).all():
         raise ConfigError(f"weight scales of layer {layer.name!r} must be positive and finite")
     return values
+
+
+def _check_supported(named: Iterable[tuple[str, nn.Module]], excluded: frozenset[str]) -> None:
+    """Raise one error that names every layer which the array cannot take and nobody has excluded."""
+    found = [
+        reason
+        for name, module in named
+        if is_layer(module) and name not in excluded and (reason := unsupported(name, module)) is not None
+    ]
+    if found:
+        raise UnsupportedLayerError(f"{'; '.join(found)}. Name them in `exclude` to leave them in float")
 
 
 def _check_free(model: nn.Module) -> None:
