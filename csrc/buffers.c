@@ -23,6 +23,20 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Header *kept[KEPT];
 static bool heap_keeps; /* so nothing is kept here */
 
+static void lock_buffers(void) {
+    pthread_mutex_lock(&lock);
+}
+
+static void unlock_buffers(void) {
+    pthread_mutex_unlock(&lock);
+}
+
+/* A fork waits until no other thread is at the buffers, so that the child, which has no other thread, finds
+ * them whole and unlocked. */
+__attribute__((constructor)) static void survive_forks(void) {
+    pthread_atfork(lock_buffers, unlock_buffers, unlock_buffers);
+}
+
 /* The smallest kept buffer that is large enough, but not wastefully so. */
 static Header *find_kept(size_t bytes) {
     int best = -1;

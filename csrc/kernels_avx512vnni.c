@@ -3,9 +3,10 @@
  * A lane holds one quad of one position; the weights of that quad are one word, broadcast to all lanes.
  */
 #include "engine.h"
-#include "transpose.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 9)
+
+#include "transpose.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                \
