@@ -27,7 +27,7 @@ from sysmt.nn.calibration import RangeObserver, WideObserver, image_batches, run
 from sysmt.nn.energy import layer_energy
 from sysmt.nn.layers import CapturedGemm, HookedLayer
 from sysmt.nn.lowering import LayerGeometry
-from sysmt.quant.uniform import ActivationRange
+from sysmt.quant.uniform import SCALES, ActivationRange, is_scale
 
 __all__ = ["Simulation", "attach"]
 
@@ -396,8 +396,8 @@ class Simulation:
         Raises
         ------
         ConfigError
-            If a name is unknown or its layer stays in float, or scales are not positive, not finite or
-            not as many as output channels.
+            If a name is unknown or its layer stays in float, or scales are not positive, finite, normal
+            float32 numbers or not as many as output channels.
         """
         if not isinstance(scales, Mapping):
             raise ConfigError(
@@ -624,13 +624,18 @@ class Simulation:
 def _weight_scales(given: np.ndarray | float, layer: HookedLayer) -> np.ndarray:
     channels = layer.geometry.out_channels
     try:
-        values = np.broadcast_to(np.asarray(given, np.float32), channels).copy()
+        with np.errstate(over="ignore"):
+            values = np.broadcast_to(np.asarray(given, np.float32), channels).copy()
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"weight scales of layer {layer.name!r}: {channels} numbers or one are needed ({error})"
         ) from error
-    if not (np.isfinite(values) & (values > 0)).all():
-        raise ConfigError(f"weight scales of layer {layer.name!r} must be positive and finite")
+    if not is_scale(values).all():
+        bad = int(np.argmin(is_scale(values)))
+        raise ConfigError(
+            f"weight scales of layer {layer.name!r}: {values[bad]:.3g} of output channel {bad} is no scale: "
+            f"{SCALES}"
+        )
     return values
 
 
