@@ -11,9 +11,9 @@
 #include <stdatomic.h>
 
 enum {
-    TILE = 128,  /* output positions that are accumulated together */
-    STREAM = 64, /* packed streams are multiples of this many positions */
-    PAIR = 2,    /* blocks that are stored together: 16 channels are a cache line */
+    TILE = 128, /* output positions that are accumulated together */
+    GRAIN = 64, /* tracks are multiples of this many positions */
+    STORED = 2, /* blocks that are stored together: 16 channels are a cache line */
 };
 
 /* Words of a dense stream that are applied to all positions of a tile in turn. */
@@ -41,7 +41,7 @@ typedef struct {
 /* One quad of channels of one phase: bytes in, planes out. */
 typedef struct {
     const uint8_t *channel[QUAD];
-    int64_t positions; /* a multiple of STREAM */
+    int64_t positions; /* a multiple of GRAIN */
     const SlotRule *rule;
     const PlaneMasks *planes;
     int plane_count;
@@ -67,13 +67,14 @@ typedef struct {
     int64_t counts_stride;
 } CountArguments;
 
-/* One region's counts, the sum of several parts, and the weights of the taps that see it. */
+/* One region's counts, the sum of several workspaces, and the weights of the taps that see it. */
 typedef struct {
     const SlotRule *rule;
     int64_t slots;
-    const int64_t *const *counts; /* (parts), each (slots, counts_stride) of which tally_length belong here */
+    const int64_t *const
+        *counts; /* (workspaces), each (slots, counts_stride) of which tally_length belong here */
     int64_t counts_stride;
-    int parts;
+    int workspaces;
     const int32_t *weights; /* (taps of the layer: tap_stride, slots, tally_length) */
     int64_t tap_stride;
     const int64_t *tap; /* (taps): which */
@@ -96,7 +97,7 @@ typedef struct {
     const uint16_t *flags;       /* likewise */
     const uint32_t *step_offset; /* positions, by step of the layer */
     const Layer *layer;
-    Stream streams[PARTS][STREAMS]; /* of this block and chunk; without contests the first alone */
+    Stream streams[TEAMS][STREAMS]; /* of this block and chunk; without contests the first alone */
     const int64_t *first_entry;     /* of its first channel, this chunk; a channel further: + chunks */
     int channels;                   /* 1..BLOCK */
     int positions;                  /* 1..TILE */
@@ -105,22 +106,22 @@ typedef struct {
 
 #define NOWHERE INT64_MIN
 
-/* Where a tile's positions go: runs of neighbours in memory. */
+/* Where a tile's positions go: spans of neighbours in memory. */
 typedef struct {
     int64_t to;     /* element offset */
     int first;      /* lane of the tile, a multiple of 16 */
     uint16_t lanes; /* of the 16 from there */
-} Run;
+} Span;
 
 typedef struct {
     const Sink *sink;
     int64_t first_channel;   /* over all groups */
-    int channels, positions; /* channels: 1..PAIR * BLOCK */
-    const Run *runs;         /* used where the sink's rows are contiguous */
-    int run_count;
-    const int64_t *lane_to;           /* (TILE): element offset, or NOWHERE; used elsewhere */
-    const bool *is_whole;             /* (TILE / 16): whether 16 lanes are neighbours in one row; likewise */
-    const int32_t (*acc[PAIR])[TILE]; /* of each block */
+    int channels, positions; /* channels: 1..STORED * BLOCK */
+    const Span *spans;       /* used where the sink's rows are contiguous */
+    int span_count;
+    const int64_t *lane_to; /* (TILE): element offset, or NOWHERE; used elsewhere */
+    const bool *is_whole;   /* (TILE / 16): whether 16 lanes are neighbours in one row; likewise */
+    const int32_t (*acc[STORED])[TILE]; /* of each block */
 } StoreArguments;
 
 /* The sums of one of the channels that are stored together. */

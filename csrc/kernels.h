@@ -27,7 +27,7 @@ typedef struct {
 /* One convolution; n and c are output and input channels of one group. */
 typedef struct {
     int64_t groups, n, c, kh, kw;
-    int64_t stride_h, stride_w;
+    int64_t conv_stride_h, conv_stride_w;
     int64_t pad_top, pad_bottom, pad_left, pad_right;
     int64_t dilation_h, dilation_w;
 } ConvShape;
@@ -97,12 +97,12 @@ static inline int64_t output_size(int64_t in, int64_t pad, int64_t kernel, int64
 }
 
 static inline int64_t output_height(const ConvShape *shape, const Source *source) {
-    return output_size(source->height, shape->pad_top + shape->pad_bottom, shape->kh, shape->stride_h,
+    return output_size(source->height, shape->pad_top + shape->pad_bottom, shape->kh, shape->conv_stride_h,
                        shape->dilation_h);
 }
 
 static inline int64_t output_width(const ConvShape *shape, const Source *source) {
-    return output_size(source->width, shape->pad_left + shape->pad_right, shape->kw, shape->stride_w,
+    return output_size(source->width, shape->pad_left + shape->pad_right, shape->kw, shape->conv_stride_w,
                        shape->dilation_w);
 }
 

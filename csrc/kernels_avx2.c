@@ -231,19 +231,19 @@ INLINE __m128i look_up_flags(const uint32_t flags_of[PATTERNS], __m256i patterns
     return _mm_packus_epi32(_mm256_castsi256_si128(flags), _mm256_extracti128_si256(flags, 1));
 }
 
-static void pack(const PackArguments *pack) {
+static void pack_quad(const PackArguments *pack) {
     const SlotRule *rule = pack->rule;
     for (int64_t at = 0; at < pack->positions; at += 32) {
         __m256i quads[4];
         interleave(pack, at, quads);
-        for (int part = 0; part < 4; part++) {
-            int64_t here = at + part * LANES;
-            __m256i patterns = nonzero_pattern(quads[part]);
+        for (int quarter = 0; quarter < 4; quarter++) {
+            int64_t here = at + quarter * LANES;
+            __m256i patterns = nonzero_pattern(quads[quarter]);
             for (int word = 0; pack->flags && word < WORDS; word++)
                 _mm_storeu_si128((__m128i *)(pack->flags + word * pack->word_stride + here),
                                  look_up_flags(pack->flags_of, patterns));
             for (int word = 0; word < WORDS; word++) {
-                __m256i exact = widen(quads[part], word, rule->is_signed);
+                __m256i exact = widen(quads[quarter], word, rule->is_signed);
                 __m256i reduced = reduce_words(exact, rule), is_wide = wide_mask(exact, rule->is_signed);
                 uint32_t *to = pack->out + word * pack->word_stride + here;
                 for (int p = 0; p < pack->plane_count; p++)
@@ -308,12 +308,12 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stre
     const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
     const bool contests = form == FORM_FULL || form == FORM_MIXED;
     const uint32_t *planes = multiply->planes + at;
-    const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
-    const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
+    const uint32_t *plane0 = planes + plane_of_form(layer, form, 0) * multiply->plane_stride;
+    const uint32_t *plane1 = planes + plane_of_form(layer, form, 1) * multiply->plane_stride;
     const uint16_t *flags = contests ? multiply->flags + at : NULL;
     const uint32_t *word = stream->words + (contests ? 0 : first);
-    __m256i acc[CONTEST][2];
-    UNROLL for (int c = 0; c < CONTEST; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
+    __m256i acc[TEAM][2];
+    UNROLL for (int c = 0; c < TEAM; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
         load_acc(&multiply->acc[first + c][at + v * LANES]);
     const uint32_t *offsets = multiply->step_offset + stream->order[0]; /* without contests, in order */
     uint32_t coming[AHEAD + 1];
@@ -337,7 +337,7 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stre
                 raised[v] = crowded[v] =
                     _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(flags + offset + v * LANES)));
         }
-        UNROLL for (int c = 0; c < CONTEST; c++) {
+        UNROLL for (int c = 0; c < TEAM; c++) {
             __m256i w = load_word(word + c), w4 = w, mask = w, two = w, three = w;
             if (contests)
                 w4 = load_word(word + side + c);
@@ -360,7 +360,7 @@ INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stre
             }
         }
     }
-    UNROLL for (int c = 0; c < CONTEST; c++) UNROLL for (int v = 0; v < vectors; v++)
+    UNROLL for (int c = 0; c < TEAM; c++) UNROLL for (int v = 0; v < vectors; v++)
         _mm256_store_si256((__m256i *)&multiply->acc[first + c][at + v * LANES], acc[c][v]);
 }
 
@@ -416,11 +416,11 @@ static void multiply_entries(const MultiplyArguments *multiply, int channel) {
         spmv_s16s16s32(multiply, channel, at, 1);
 }
 
-/* A part of the block: half of its channels. */
-static void multiply_part(const MultiplyArguments *multiply, int part) {
-    const Stream *all = multiply->streams[0], *own = multiply->streams[part];
+/* A team: half of the block. */
+static void multiply_team(const MultiplyArguments *multiply, int team) {
+    const Stream *all = multiply->streams[0], *own = multiply->streams[team];
     const bool spares = multiply->layer->rule.needs_both;
-    int first = part * CONTEST;
+    int first = team * TEAM;
     switch (multiply->layer->form) {
     case FORM_PLAIN:
         multiply_stream(multiply, all, first, FORM_PLAIN, false);
@@ -443,9 +443,9 @@ static void multiply_part(const MultiplyArguments *multiply, int part) {
     }
 }
 
-static void multiply(const MultiplyArguments *multiply) {
-    for (int part = 0; part < PARTS; part++)
-        multiply_part(multiply, part);
+static void multiply_block(const MultiplyArguments *multiply) {
+    for (int team = 0; team < TEAMS; team++)
+        multiply_team(multiply, team);
     for (int c = 0; c < multiply->channels; c++)
         multiply_entries(multiply, c);
 }
@@ -467,21 +467,21 @@ INLINE __m256i finish(const Sink *sink, int64_t channel, const int32_t *acc) {
     return _mm256_castps_si256(y);
 }
 
-static void store_runs(const StoreArguments *store) {
+static void store_spans(const StoreArguments *store) {
     for (int c = 0; c < store->channels; c++) {
         int64_t channel = store->first_channel + c;
         int32_t *to = (int32_t *)store->sink->data + channel * store->sink->stride_n;
-        for (int i = 0; i < store->run_count; i++) {
-            const Run *run = &store->runs[i];
-            const int32_t *acc = stored_sums(store, c) + run->first;
+        for (int i = 0; i < store->span_count; i++) {
+            const Span *span = &store->spans[i];
+            const int32_t *acc = stored_sums(store, c) + span->first;
             int32_t values[2 * LANES];
-            int32_t *out = run->lanes == 0xFFFF ? to + run->to : values;
+            int32_t *out = span->lanes == 0xFFFF ? to + span->to : values;
             _mm256_storeu_si256((__m256i *)out, finish(store->sink, channel, acc));
             _mm256_storeu_si256((__m256i *)(out + LANES), finish(store->sink, channel, acc + LANES));
             if (out != values)
                 continue;
-            int64_t at = run->to;
-            for (unsigned lanes = run->lanes; lanes; lanes &= lanes - 1)
+            int64_t at = span->to;
+            for (unsigned lanes = span->lanes; lanes; lanes &= lanes - 1)
                 to[at++] = values[__builtin_ctz(lanes)];
         }
     }
@@ -510,8 +510,8 @@ INLINE void transpose_words(__m256i words[8]) {
 static void store_lanes(const StoreArguments *store) {
     int32_t *data = (int32_t *)store->sink->data + store->first_channel * store->sink->stride_n;
     for (int at = 0; at < store->positions; at += LANES) {
-        __m256i words[PAIR][BLOCK];
-        for (int half = 0; half < PAIR; half++) {
+        __m256i words[STORED][BLOCK];
+        for (int half = 0; half < STORED; half++) {
             for (int c = 0; c < BLOCK; c++) {
                 int channel = half * BLOCK + c;
                 words[half][c] = channel < store->channels
@@ -525,12 +525,12 @@ static void store_lanes(const StoreArguments *store) {
             if (store->lane_to[at + lane] == NOWHERE)
                 continue;
             int32_t *to = data + store->lane_to[at + lane];
-            if (store->channels == PAIR * BLOCK && store->sink->stride_n == 1) {
+            if (store->channels == STORED * BLOCK && store->sink->stride_n == 1) {
                 _mm256_storeu_si256((__m256i *)to, words[0][lane]);
                 _mm256_storeu_si256((__m256i *)(to + BLOCK), words[1][lane]);
                 continue;
             }
-            int32_t values[PAIR * BLOCK];
+            int32_t values[STORED * BLOCK];
             _mm256_storeu_si256((__m256i *)values, words[0][lane]);
             _mm256_storeu_si256((__m256i *)(values + BLOCK), words[1][lane]);
             for (int c = 0; c < store->channels; c++)
@@ -539,9 +539,9 @@ static void store_lanes(const StoreArguments *store) {
     }
 }
 
-static void store(const StoreArguments *store) {
+static void store_tile(const StoreArguments *store) {
     if (store->sink->stride_w == 1)
-        store_runs(store);
+        store_spans(store);
     else
         store_lanes(store);
 }
@@ -550,12 +550,12 @@ static const VectorOps OPS = {.word_operands = 2,
                               .quantise_row = quantise_row,
                               .quantise_pixels = quantise_pixels,
                               .transpose_pixels = transpose_pixels,
-                              .pack = pack,
-                              .count = count,
-                              .fold = fold,
-                              .multiply = multiply,
+                              .pack = pack_quad,
+                              .count = count_activations,
+                              .fold = fold_counts,
+                              .multiply = multiply_block,
                               .correct = NULL, /* no activation needs more than 16 bits */
-                              .store = store};
+                              .store = store_tile};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -269,7 +269,7 @@ INLINE __m512i chosen(const PlaneMasks *plane, Code code, __m512i patterns, __m5
                             _mm512_permutexvar_epi32(patterns, _mm512_loadu_si512(plane->masks[code])));
 }
 
-static void pack(const PackArguments *pack) {
+static void pack_quad(const PackArguments *pack) {
     const SlotRule *rule = pack->rule;
     const __m512i bias = _mm512_set1_epi8((char)(rule->is_signed && !pack->is_excess ? 0x80 : 0));
     bool reduces = false, uses_width = false;
@@ -277,13 +277,13 @@ static void pack(const PackArguments *pack) {
         reduces |= pack->planes[p].uses[REDUCED];
         uses_width |= pack->planes[p].uses[NARROW] || pack->planes[p].uses[WIDE];
     }
-    for (int64_t at = 0; at < pack->positions; at += STREAM) {
+    for (int64_t at = 0; at < pack->positions; at += GRAIN) {
         __m512i quads[4];
         interleave(pack, at, quads);
-        for (int part = 0; part < 4; part++) {
-            __m512i exact = quads[part], patterns = nonzero_pattern(exact), reduced = exact;
+        for (int quarter = 0; quarter < 4; quarter++) {
+            __m512i exact = quads[quarter], patterns = nonzero_pattern(exact), reduced = exact;
             __m512i narrow = exact, wide = exact;
-            int64_t here = at + part * LANES;
+            int64_t here = at + quarter * LANES;
             if (reduces)
                 reduced = reduce_bytes(exact, rule);
             if (uses_width) {
@@ -361,15 +361,16 @@ INLINE void prefetch_contests(const MultiplyArguments *multiply, int64_t offset,
     const bool has_two = spares || form == FORM_MIXED;
     const uint32_t *planes = multiply->planes + offset + at;
     UNROLL for (int v = 0; v < vectors; v++) {
-        _mm_prefetch(planes + dense_plane(multiply->layer, form, 0) * multiply->plane_stride + v * LANES,
+        _mm_prefetch(planes + plane_of_form(multiply->layer, form, 0) * multiply->plane_stride + v * LANES,
                      _MM_HINT_T0);
         if (has_two)
-            _mm_prefetch(planes + dense_plane(multiply->layer, form, 1) * multiply->plane_stride + v * LANES,
+            _mm_prefetch(planes + plane_of_form(multiply->layer, form, 1) * multiply->plane_stride +
+                             v * LANES,
                          _MM_HINT_T0);
     }
     _mm_prefetch(multiply->flags + offset + at, _MM_HINT_T0);
     if (at == 0)
-        UNROLL for (int line = 0; line < (words * CONTEST + 15) / 16; line++)
+        UNROLL for (int line = 0; line < (words * TEAM + 15) / 16; line++)
             _mm_prefetch(word + STRIP_WORDS + 16 * line, _MM_HINT_T1);
 }
 
@@ -381,8 +382,8 @@ INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, const Stream *stream
     const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
     const bool contests = form == FORM_FULL || form == FORM_MIXED;
     const uint32_t *planes = multiply->planes + at;
-    const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
-    const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
+    const uint32_t *plane0 = planes + plane_of_form(layer, form, 0) * multiply->plane_stride;
+    const uint32_t *plane1 = planes + plane_of_form(layer, form, 1) * multiply->plane_stride;
     const uint16_t *flags = contests ? multiply->flags + at : NULL;
     const __m256i three_of_four = _mm256_set1_epi16((int16_t)THREE_FLAG[15]);
     const uint32_t *word = stream->words;
@@ -458,7 +459,7 @@ INLINE __m256i spread_flags(const uint16_t *flags, const int together) {
 /* Word `which` of all channels. */
 INLINE __m256i side_by_side(const uint32_t *word, const int which, const bool contests) {
     if (contests)
-        return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(word + which * CONTEST)));
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(word + which * TEAM)));
     return _mm256_loadu_si256((const __m256i *)(word + which * BLOCK));
 }
 
@@ -472,8 +473,8 @@ INLINE void gemm_few_u8s8s32(const MultiplyArguments *multiply, const Stream *st
     const bool contests = form == FORM_FULL || form == FORM_MIXED;
     const int together = positions > 1 ? BLOCK / side : 1, vectors = positions / together;
     const uint32_t *planes = multiply->planes + at;
-    const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
-    const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
+    const uint32_t *plane0 = planes + plane_of_form(layer, form, 0) * multiply->plane_stride;
+    const uint32_t *plane1 = planes + plane_of_form(layer, form, 1) * multiply->plane_stride;
     const uint16_t *flags = contests ? multiply->flags + at : NULL;
     const uint32_t *word = stream->words;
     const __m256i three_of_four = _mm256_set1_epi16((int16_t)THREE_FLAG[15]);
@@ -518,7 +519,7 @@ INLINE void gemm_few_u8s8s32(const MultiplyArguments *multiply, const Stream *st
  * by itself. */
 INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, int first, const Form form,
                            const bool spares) {
-    const int most = form_channels(form) == CONTEST ? 4 : 2;
+    const int most = form_channels(form) == TEAM ? 4 : 2;
     int at = 0;
     for (int left = multiply->positions; left > 0; left = multiply->positions - at) {
         int vectors = (left - 2) / LANES + 1; /* a single position on top is left over */
@@ -597,18 +598,18 @@ static void multiply_entries(const MultiplyArguments *multiply, int channel) {
         spmv_u8s8s32(multiply, channel, at, 1);
 }
 
-static void multiply_contests(const MultiplyArguments *multiply, int part) {
-    const Stream *streams = multiply->streams[part];
+static void multiply_contests(const MultiplyArguments *multiply, int team) {
+    const Stream *streams = multiply->streams[team];
     if (multiply->layer->rule.needs_both) {
-        multiply_stream(multiply, &streams[FULL], part * CONTEST, FORM_FULL, true);
-        multiply_stream(multiply, &streams[MIXED], part * CONTEST, FORM_MIXED, true);
+        multiply_stream(multiply, &streams[FULL], team * TEAM, FORM_FULL, true);
+        multiply_stream(multiply, &streams[MIXED], team * TEAM, FORM_MIXED, true);
     } else {
-        multiply_stream(multiply, &streams[FULL], part * CONTEST, FORM_FULL, false);
-        multiply_stream(multiply, &streams[MIXED], part * CONTEST, FORM_MIXED, false);
+        multiply_stream(multiply, &streams[FULL], team * TEAM, FORM_FULL, false);
+        multiply_stream(multiply, &streams[MIXED], team * TEAM, FORM_MIXED, false);
     }
 }
 
-static void multiply(const MultiplyArguments *multiply) {
+static void multiply_block(const MultiplyArguments *multiply) {
     switch (multiply->layer->form) {
     case FORM_PLAIN:
         multiply_stream(multiply, multiply->streams[0], 0, FORM_PLAIN, false);
@@ -618,8 +619,8 @@ static void multiply(const MultiplyArguments *multiply) {
         break;
     case FORM_FULL:
     case FORM_MIXED:
-        for (int part = 0; part < PARTS; part++)
-            multiply_contests(multiply, part);
+        for (int team = 0; team < TEAMS; team++)
+            multiply_contests(multiply, team);
         break;
     case FORM_NONE:
         break;
@@ -657,8 +658,8 @@ INLINE __m512i met_weight(__m512i raw, const Event *event, const SlotRule *rule)
     return _mm512_mask_mov_epi32(met, at_more & is_reducible, reduced);
 }
 
-static void correct(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,
-                    int32_t *sums) {
+static void correct_sums(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,
+                         int32_t *sums) {
     for (int64_t n = 0; n < count; n += LANES) {
         __mmask16 present = first_lanes(count - n);
         __m512i weights = met_weight(_mm512_maskz_loadu_epi32(present, raw + n), event, rule);
@@ -684,22 +685,22 @@ INLINE __m512i finish(const Sink *sink, int64_t channel, const int32_t *acc) {
     return _mm512_castps_si512(y);
 }
 
-static void store_runs(const StoreArguments *store) {
+static void store_spans(const StoreArguments *store) {
     for (int c = 0; c < store->channels; c++) {
         int64_t channel = store->first_channel + c;
         int32_t *to = (int32_t *)store->sink->data + channel * store->sink->stride_n;
-        int group = -1;
+        int sixteen = -1;
         __m512i y = _mm512_setzero_si512();
-        for (int i = 0; i < store->run_count; i++) {
-            const Run *run = &store->runs[i];
-            if (run->first != group)
-                y = finish(store->sink, channel, stored_sums(store, c) + run->first);
-            group = run->first;
-            if (run->lanes == 0xFFFF)
-                _mm512_storeu_si512(to + run->to, y);
+        for (int i = 0; i < store->span_count; i++) {
+            const Span *span = &store->spans[i];
+            if (span->first != sixteen)
+                y = finish(store->sink, channel, stored_sums(store, c) + span->first);
+            sixteen = span->first;
+            if (span->lanes == 0xFFFF)
+                _mm512_storeu_si512(to + span->to, y);
             else
-                _mm512_mask_storeu_epi32(to + run->to, first_lanes(__builtin_popcount(run->lanes)),
-                                         _mm512_maskz_compress_epi32(run->lanes, y));
+                _mm512_mask_storeu_epi32(to + span->to, first_lanes(__builtin_popcount(span->lanes)),
+                                         _mm512_maskz_compress_epi32(span->lanes, y));
         }
     }
 }
@@ -768,9 +769,9 @@ static void store_lanes(const StoreArguments *store) {
     }
 }
 
-static void store(const StoreArguments *store) {
+static void store_tile(const StoreArguments *store) {
     if (store->sink->stride_w == 1)
-        store_runs(store);
+        store_spans(store);
     else
         store_lanes(store);
 }
@@ -779,12 +780,12 @@ static const VectorOps OPS = {.word_operands = 4,
                               .quantise_row = quantise_row,
                               .quantise_pixels = quantise_pixels,
                               .transpose_pixels = transpose_pixels,
-                              .pack = pack,
-                              .count = count,
-                              .fold = fold,
-                              .multiply = multiply,
-                              .correct = correct,
-                              .store = store};
+                              .pack = pack_quad,
+                              .count = count_activations,
+                              .fold = fold_counts,
+                              .multiply = multiply_block,
+                              .correct = correct_sums,
+                              .store = store_tile};
 
 #if defined(__clang__)
 #pragma clang attribute pop

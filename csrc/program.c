@@ -165,7 +165,7 @@ static void fetch_quad(const Layer *layer, const int8_t *weights, int64_t group,
 
 /* Whether slots are contests: how many threads are active decides which of two activations meets which of two
  * weights. */
-static bool has_contests(const SlotRule *rule, int word_operands) {
+static bool makes_contests(const SlotRule *rule, int word_operands) {
     return rule->threads == 4 && rule->skips_zeros && !rule->reduces_weight &&
            !(rule->is_signed && word_operands == 4);
 }
@@ -193,7 +193,7 @@ static Census take_census(const Layer *layer, const int8_t *weights, PlaneSet *s
 }
 
 /* Which flags an activation pattern raises. */
-static uint32_t flags_of(int activations) {
+static uint32_t raised_flags(int activations) {
     uint32_t flags = 0;
     for (int weights = 0; weights < PATTERNS; weights++) {
         int active = __builtin_popcount((unsigned)(activations & weights));
@@ -206,7 +206,7 @@ static uint32_t flags_of(int activations) {
 static void choose_contests(Layer *layer) {
     const SlotRule *rule = &layer->rule;
     for (int pattern = 0; pattern < PATTERNS; pattern++) {
-        layer->flags_of[pattern] = flags_of(pattern);
+        layer->flags_of[pattern] = raised_flags(pattern);
         for (int byte = 0; byte < QUAD; byte++) {
             layer->planes[0].code[pattern][byte] = pattern >> byte & 1 ? EXACT : ZERO;
             layer->planes[1].code[pattern][byte] = pattern >> byte & 1 ? REDUCED : ZERO;
@@ -286,12 +286,12 @@ static void write_entry(Writer *writer, int plane, int64_t quad_step, int16_t va
         write_entry(writer, plane, quad_step, rest);
 }
 
-static void write_dense(Writer *writer, uint32_t *block, int64_t quad_step, int lane, int part,
+static void write_dense(Writer *writer, uint32_t *block, int64_t quad_step, int lane, int which,
                         const int16_t values[QUAD]) {
     Layer *layer = writer->layer;
     int halves = QUAD / layer->word_operands, words = form_words(layer->form, false);
     for (int half = 0; half < halves && !writer->is_counting; half++)
-        block[((quad_step * halves + half) * words + part) * BLOCK + lane] =
+        block[((quad_step * halves + half) * words + which) * BLOCK + lane] =
             encode(values, half, layer->word_operands);
 }
 
@@ -342,9 +342,9 @@ static void write_channel(Writer *writer, const int8_t *weights, int64_t group, 
 
 /* ---- contests ---- */
 
-/* The slots of a part of a block's channels at one (tap, quad). */
+/* The slots of a team at one (tap, quad). */
 typedef struct {
-    int8_t weights[CONTEST][QUAD];
+    int8_t weights[TEAM][QUAD];
     int channels;
     bool is_full, is_empty;
 } Slots;
@@ -352,7 +352,7 @@ typedef struct {
 static Slots fetch_slots(const Layer *layer, const int8_t *weights, int64_t group, int64_t first, int64_t tap,
                          int64_t quad) {
     int64_t left = layer->shape.n - first;
-    Slots slots = {.channels = left < CONTEST ? (int)left : CONTEST, .is_full = true, .is_empty = true};
+    Slots slots = {.channels = left < TEAM ? (int)left : TEAM, .is_full = true, .is_empty = true};
     for (int c = 0; c < slots.channels; c++) {
         int8_t *w = slots.weights[c];
         fetch_quad(layer, weights, group, first + c, tap, quad, w);
@@ -394,20 +394,20 @@ static void write_contests(Writer *writer, int64_t quad_step, const Slots *slots
                 continue;
             int pattern = slot_pattern_of(w, 0, QUAD);
             to[c] = encode(exact, half, layer->word_operands);
-            to[CONTEST + c] = encode(rest ? lacking : reduced, half, layer->word_operands);
+            to[TEAM + c] = encode(rest ? lacking : reduced, half, layer->word_operands);
             uint16_t two = TWO_FLAG[pattern], three = THREE_FLAG[pattern];
             if (kind == MIXED) {
-                to[2 * CONTEST + c] = halves == 1 ? in_both_halves(two) : shift_of_flag(two);
-                to[3 * CONTEST + c] = halves == 1 ? in_both_halves(three) : shift_of_flag(three);
+                to[2 * TEAM + c] = halves == 1 ? in_both_halves(two) : shift_of_flag(two);
+                to[3 * TEAM + c] = halves == 1 ? in_both_halves(three) : shift_of_flag(three);
             }
             if (rule->needs_both)
-                to[(words - 1) * CONTEST + c] = encode(mask, half, layer->word_operands);
+                to[(words - 1) * TEAM + c] = encode(mask, half, layer->word_operands);
         }
         if (!writer->is_counting)
             layer->order[writer->step] = (uint32_t)(quad_step * halves + half);
         writer->step++;
         writer->full_steps += kind == FULL;
-        writer->word += words * CONTEST;
+        writer->word += words * TEAM;
     }
 }
 
@@ -429,13 +429,13 @@ static void write_stream(Writer *writer, const int8_t *weights, int64_t group, i
 /* Steps at which all channels have four weights come first, the others follow. */
 static void write_block(Writer *writer, const int8_t *weights, int64_t group, int64_t block) {
     Layer *layer = writer->layer;
-    Start *start = layer->starts + (group * layer->blocks + block) * layer->chunks * PARTS * STREAMS;
+    Start *start = layer->starts + (group * layer->blocks + block) * layer->chunks * TEAMS * STREAMS;
     for (int64_t chunk = 0; chunk < layer->chunks; chunk++)
-        for (int part = 0; part < PARTS; part++)
+        for (int team = 0; team < TEAMS; team++)
             for (int kind = 0; kind < STREAMS; kind++) {
                 if (!writer->is_counting)
                     *start++ = (Start){writer->step, writer->word};
-                int64_t first = block * BLOCK + part * CONTEST;
+                int64_t first = block * BLOCK + team * TEAM;
                 if (first < layer->shape.n)
                     write_stream(writer, weights, group, first, chunk, kind);
             }
@@ -469,7 +469,7 @@ static Written write_program(Layer *layer, const int8_t *weights, bool is_counti
     }
     if (!is_counting) {
         layer->first_entry[channels * layer->chunks] = writer.entry;
-        layer->starts[blocks * layer->chunks * PARTS * STREAMS] = (Start){writer.step, writer.word};
+        layer->starts[blocks * layer->chunks * TEAMS * STREAMS] = (Start){writer.step, writer.word};
     }
     memcpy(layer->planes, writer.set.planes, sizeof layer->planes);
     layer->plane_count = writer.set.count;
@@ -481,7 +481,7 @@ static Written write_program(Layer *layer, const int8_t *weights, bool is_counti
 static void choose_chunks(Layer *layer) {
     enum { MIXED_BYTES = 384 << 10, STREAM_BYTES = 1536 << 10 };
     const ConvShape *shape = &layer->shape;
-    int64_t phases = layer->is_im2col ? 1 : shape->stride_h * shape->stride_w;
+    int64_t phases = layer->is_im2col ? 1 : shape->conv_stride_h * shape->conv_stride_w;
     phases = phases < layer->taps ? phases : layer->taps;
     int64_t position_bytes = (4 * layer->plane_count + 2 * layer->has_contests) * words_per_quad(layer);
     int64_t quad_bytes = wanted_positions(layer) * position_bytes * phases;
@@ -594,7 +594,7 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
         return NULL;
     }
     place_channels(layer, k_of);
-    layer->has_contests = has_contests(rule, word_operands);
+    layer->has_contests = makes_contests(rule, word_operands);
     if (layer->has_contests)
         choose_contests(layer);
     else
@@ -610,7 +610,7 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
     choose_chunks(layer);
     layer->first_entry = allocate(outputs * layer->chunks + 1, sizeof *layer->first_entry);
     layer->starts =
-        allocate(shape->groups * layer->blocks * layer->chunks * PARTS * STREAMS + 1, sizeof *layer->starts);
+        allocate(shape->groups * layer->blocks * layer->chunks * TEAMS * STREAMS + 1, sizeof *layer->starts);
     if (!layer->dense || !layer->entries || !layer->order || !layer->first_entry || !layer->starts) {
         program_release(layer);
         return NULL;
@@ -626,7 +626,7 @@ size_t program_bytes(const Layer *layer) {
     const ConvShape *shape = &layer->shape;
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
     int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * (4 + 8 * layer->chunks);
-    int64_t starts = shape->groups * layer->blocks * layer->chunks * PARTS * STREAMS;
+    int64_t starts = shape->groups * layer->blocks * layer->chunks * TEAMS * STREAMS;
     bytes += starts * (int64_t)sizeof(Start) + 4 * (layer->starts[starts].step + layer->starts[starts].word);
     bytes += layer->first_entry[outputs * layer->chunks] * (int64_t)sizeof(Entry);
     bytes += quads * slots_per_quad(&layer->rule) *

@@ -61,10 +61,10 @@ static inline uint32_t shift_of_flag(uint16_t flag) {
     return flag ? (uint32_t)__builtin_clz(flag) : 32;
 }
 
-/* Contests of CONTEST channels share steps, fewer than a block: the fewer, the more often all are full. For
- * each such part of a block and each chunk, full steps, then mixed ones; and where their steps and words
- * start. */
-enum { CONTEST = 4, PARTS = BLOCK / CONTEST };
+/* A team of TEAM channels shares the steps of its contests. It is smaller than a block: the smaller, the more
+ * often all of its slots are full. For each team of a block and each chunk, full steps, then mixed ones; and
+ * where their steps and words start. */
+enum { TEAM = 4, TEAMS = BLOCK / TEAM };
 enum { FULL, MIXED, STREAMS };
 typedef struct {
     int64_t step, word;
@@ -94,7 +94,7 @@ struct Layer {
     int64_t *first_entry;        /* (groups * n * chunks + 1) */
     uint32_t *order;             /* the steps, in the order of the dense stream */
     bool has_contests;           /* then there are no entries, and order and dense are by block: */
-    Start *starts;               /* (groups, blocks, chunks, PARTS, STREAMS; + 1) */
+    Start *starts;               /* (groups, blocks, chunks, TEAMS, STREAMS; + 1) */
     uint32_t flags_of[PATTERNS]; /* what a position raises, by activation pattern */
     int32_t *offset; /* (groups * n): -128 * sum of the words, where planes are biased by 128; else 0 */
     Plane planes[MAX_PLANES];
@@ -118,11 +118,11 @@ static inline int form_words(Form form, bool spares) {
 
 /* Channels of a block whose words lie side by side, and that a stream is for. */
 static inline int form_channels(Form form) {
-    return form == FORM_FULL || form == FORM_MIXED ? CONTEST : BLOCK;
+    return form == FORM_FULL || form == FORM_MIXED ? TEAM : BLOCK;
 }
 
 /* P0 or P1 of a form. */
-static inline int dense_plane(const Layer *layer, Form form, int which) {
+static inline int plane_of_form(const Layer *layer, Form form, int which) {
     return form == FORM_MIXED ? which : layer->dense_plane[which];
 }
 

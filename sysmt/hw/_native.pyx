@@ -34,7 +34,7 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct ConvShape:
         int64_t groups, n, c, kh, kw
-        int64_t stride_h, stride_w
+        int64_t conv_stride_h, conv_stride_w
         int64_t pad_top, pad_bottom, pad_left, pad_right
         int64_t dilation_h, dilation_w
 
@@ -117,7 +117,7 @@ cdef class Layer:
         cdef ConvShape *s = &self.shape
         self.path = find_path(path)
         (
-            s.groups, s.n, s.c, s.kh, s.kw, s.stride_h, s.stride_w,
+            s.groups, s.n, s.c, s.kh, s.kw, s.conv_stride_h, s.conv_stride_w,
             s.pad_top, s.pad_bottom, s.pad_left, s.pad_right, s.dilation_h, s.dilation_w,
         ) = shape
         self.rule = rule  # Cython converts a dict with just these keys
