@@ -27,6 +27,7 @@ typedef struct {
     pthread_mutex_t lock; /* over what follows */
     int64_t nanoseconds[TIMES];
     Seen seen;
+    const char *ran_on;      /* see Outcome */
     struct Workspace *spare; /* workspaces that no job uses */
     bool is_out_of_memory;
 } Shared;
@@ -201,6 +202,7 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
     const Geometry *geometry = &shared->geometry;
     Workspace *workspace = job->workspace;
     StageArguments stage = stage_of(job);
+    int bias = bias_of(&layer->format, layer->rule.is_signed);
     int64_t rows = job->rows + geometry->dy_max - geometry->dy_min;
     int64_t positions = (geometry->guard + rows * geometry->pitch + GRAIN - 1) / GRAIN * GRAIN;
     for (int phase = 0; phase < geometry->phase_count; phase++)
@@ -212,6 +214,7 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
                                   .rule = &layer->rule,
                                   .planes = shared->masks,
                                   .plane_count = layer->plane_count,
+                                  .flip = bias && !is_excess ? 0x80 : 0,
                                   .is_excess = is_excess,
                                   .out = workspace->planes[is_excess] + at,
                                   .plane_stride = plane_stride(shared),
@@ -445,12 +448,19 @@ static void find_streams(const Job *job, int64_t block, Stream streams[TEAMS][ST
                              layer->dense + (in_layer * layer->steps + step) * words};
 }
 
+static void note_path(Shared *shared, const char *ran_on) {
+    pthread_mutex_lock(&shared->lock);
+    shared->ran_on = ran_on;
+    pthread_mutex_unlock(&shared->lock);
+}
+
 /* The chunk's products for channel blocks first..end-1. */
 static void job_multiply(const Job *job, int64_t first, int64_t end) {
-    const Shared *shared = job->shared;
+    Shared *shared = job->shared;
     const Layer *layer = shared->layer;
     const Workspace *workspace = job->workspace;
     int64_t tiles = job_tiles(job);
+    const char *ran_on = NULL;
     for (int64_t block = first; block < end; block++) {
         int64_t channel = job->group * layer->shape.n + block * BLOCK;
         MultiplyArguments multiply = {.plane_stride = plane_stride(shared),
@@ -458,7 +468,8 @@ static void job_multiply(const Job *job, int64_t first, int64_t end) {
                                       .layer = layer,
                                       .first_entry =
                                           layer->first_entry + channel * layer->chunks + job->chunk,
-                                      .channels = channels_of(layer, block)};
+                                      .channels = channels_of(layer, block),
+                                      .ran_on = &ran_on};
         find_streams(job, block, multiply.streams);
         for (int64_t tile = 0; tile < tiles; tile++) {
             multiply.acc = workspace->acc[block * tiles + tile];
@@ -472,6 +483,7 @@ static void job_multiply(const Job *job, int64_t first, int64_t end) {
             }
         }
     }
+    note_path(shared, ran_on);
 }
 
 /* Send the sums of channel blocks first..end-1 on their way. */
@@ -711,9 +723,17 @@ static void release(Shared *shared) {
     pthread_mutex_destroy(&shared->lock);
 }
 
-bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, const Sink *sink,
-                int cpu_threads, bool count, Outcome *outcome) {
-    Shared shared = {.ops = ops,
+Layer *engine_pack(const VectorOps *ops, const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
+                   const int32_t *k_of) {
+    Layer *layer = program_pack(shape, rule, weights, k_of, &ops->format);
+    if (layer)
+        layer->ops = ops;
+    return layer;
+}
+
+bool engine_run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
+                Outcome *outcome) {
+    Shared shared = {.ops = layer->ops,
                      .layer = layer,
                      .count = count,
                      .is_timed = outcome->is_timed,
@@ -739,6 +759,7 @@ bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, 
     is_ready = is_ready && seen_settle(&layer->shape, source, &shared.seen);
     outcome->saw_nonfinite |= shared.seen.nonfinite;
     outcome->saw_negative |= shared.seen.negative;
+    outcome->ran_on = shared.ran_on;
     bool is_done = is_ready && !shared.is_out_of_memory;
     release(&shared);
     return is_done;

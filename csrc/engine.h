@@ -45,6 +45,7 @@ typedef struct {
     const SlotRule *rule;
     const PlaneMasks *planes;
     int plane_count;
+    uint8_t flip;   /* added to every byte without carry: 0x80 where the format wants the other sign */
     bool is_excess; /* pack what the ninth bit holds instead: 1 where a reduced value is one short */
     uint32_t *out;  /* plane p at out + p * plane_stride; second word of the quad at + word_stride */
     int64_t plane_stride, word_stride;
@@ -102,6 +103,7 @@ typedef struct {
     int channels;                   /* 1..BLOCK */
     int positions;                  /* 1..TILE */
     int32_t (*acc)[TILE];           /* (BLOCK, TILE) */
+    const char **ran_on;            /* set to the name of the path that multiplies */
 } MultiplyArguments;
 
 #define NOWHERE INT64_MIN
@@ -136,8 +138,8 @@ typedef struct {
 } Quantiser;
 
 /* What an instruction set has to offer. */
-typedef struct {
-    int word_operands; /* 4: planes of bytes; 2: planes of int16 */
+struct VectorOps {
+    Format format; /* what the planes and words are made of that its functions read */
     void (*quantise_row)(const float *from, int64_t stride, int64_t count, const Quantiser *quantiser,
                          uint8_t *to, Seen *seen);
     /* count pixels of `channels` neighbours each, to[channel * channel_stride + pixel] */
@@ -153,9 +155,22 @@ typedef struct {
     void (*correct)(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,
                     int32_t *sums);
     void (*store)(const StoreArguments *arguments);
-} VectorOps;
+};
 
-bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, const Sink *sink,
-                int cpu_threads, bool count, Outcome *outcome);
+/* What vector paths have in common, as a Path has it. */
+Layer *engine_pack(const VectorOps *ops, const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
+                   const int32_t *k_of);
+bool engine_run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
+                Outcome *outcome);
+
+#define VECTOR_PATH(name, is_supported, ops)                                                                 \
+    {name, is_supported, ops, engine_pack, engine_run, program_bytes, program_release}
+
+/* For compilers and processors that a path is not written for. */
+#define PATH_NOT_BUILT(name) VECTOR_PATH(name, path_not_built, NULL)
+
+/* For the loops that every vector path compiles for itself. */
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 #endif

@@ -50,8 +50,9 @@ static size_t weight_bytes(const Layer *layer) {
     return positions * (sizeof(int32_t) + (size_t)shape->n * sizeof(Operand));
 }
 
-static Layer *pack_layer(const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
-                         const int32_t *k_of) {
+static Layer *pack_layer(const VectorOps *ops, const ConvShape *shape, const SlotRule *rule,
+                         const int8_t *weights, const int32_t *k_of) {
+    (void)ops;
     int64_t slots = slot_count(shape, rule), threads = rule->threads, k = shape->c * shape->kh * shape->kw;
     size_t positions = (size_t)(shape->groups * slots * threads);
     Layer *layer = calloc(1, sizeof *layer);
@@ -191,6 +192,7 @@ static void add_outcome(Outcome *to, const Outcome *from) {
     to->reduced_weights += from->reduced_weights;
     to->saw_nonfinite |= from->saw_nonfinite;
     to->saw_negative |= from->saw_negative;
+    to->ran_on = from->ran_on;
 }
 
 /* Task `index`: some output pixels of one image and group. */
@@ -204,7 +206,7 @@ static void run_share(void *context, int64_t index) {
     int64_t first = index % shares * PIXELS, group = index / shares % shape->groups,
             image = index / shares / shape->groups;
     int64_t length = layer->slots * layer->rule.threads;
-    Outcome outcome = {0};
+    Outcome outcome = {.ran_on = path_scalar.name};
     Operand *row = malloc((size_t)length * sizeof *row + 1);
     for (int64_t p = first; row && p < pixels && p < first + PIXELS; p++) {
         int64_t y = p / work->width, x = p % work->width;
@@ -242,4 +244,4 @@ static bool run_layer(const Layer *layer, const Source *source, const Sink *sink
     return !context.is_out_of_memory;
 }
 
-const Path path_scalar = {"scalar", is_supported, pack_layer, run_layer, weight_bytes, release_layer};
+const Path path_scalar = {"scalar", is_supported, NULL, pack_layer, run_layer, weight_bytes, release_layer};

@@ -165,9 +165,10 @@ static void fetch_quad(const Layer *layer, const int8_t *weights, int64_t group,
 
 /* Whether slots are contests: how many threads are active decides which of two activations meets which of two
  * weights. */
-static bool makes_contests(const SlotRule *rule, int word_operands) {
+static bool makes_contests(const SlotRule *rule, const Format *format) {
+    /* A bias is taken off by the sum of the words, which contests do not know beforehand. */
     return rule->threads == 4 && rule->skips_zeros && !rule->reduces_weight &&
-           !(rule->is_signed && word_operands == 4);
+           !bias_of(format, rule->is_signed);
 }
 
 /* What the forms would cost, from a first look at all quads. */
@@ -268,11 +269,11 @@ typedef struct {
 
 static void write_entry(Writer *writer, int plane, int64_t quad_step, int16_t values[QUAD]) {
     Layer *layer = writer->layer;
-    int halves = QUAD / layer->word_operands;
+    int halves = QUAD / layer->format.word_operands;
     int16_t rest[QUAD];
-    bool overflows = layer->word_operands == 4 && split_overflow(values, rest);
+    bool overflows = !layer->format.has_ninth_bit && split_overflow(values, rest);
     for (int half = 0; half < halves; half++) {
-        uint32_t word = encode(values, half, layer->word_operands);
+        uint32_t word = encode(values, half, layer->format.word_operands);
         if (!word)
             continue;
         if (!writer->is_counting)
@@ -289,10 +290,10 @@ static void write_entry(Writer *writer, int plane, int64_t quad_step, int16_t va
 static void write_dense(Writer *writer, uint32_t *block, int64_t quad_step, int lane, int which,
                         const int16_t values[QUAD]) {
     Layer *layer = writer->layer;
-    int halves = QUAD / layer->word_operands, words = form_words(layer->form, false);
+    int halves = QUAD / layer->format.word_operands, words = form_words(layer->form, false);
     for (int half = 0; half < halves && !writer->is_counting; half++)
         block[((quad_step * halves + half) * words + which) * BLOCK + lane] =
-            encode(values, half, layer->word_operands);
+            encode(values, half, layer->format.word_operands);
 }
 
 /* A quad's terms: those whose plane the dense stream has go there, the rest become entries. */
@@ -308,7 +309,7 @@ static void write_terms(Writer *writer, uint32_t *block, int64_t quad_step, int 
             continue;
         }
         int16_t rest[QUAD];
-        if (layer->word_operands == 4 && split_overflow(terms.value[i], rest))
+        if (!layer->format.has_ninth_bit && split_overflow(terms.value[i], rest))
             write_entry(writer, terms.plane[i], quad_step, rest);
         for (int byte = 0; byte < QUAD; byte++) {
             word[byte] = (int16_t)(word[byte] + terms.value[i][byte]);
@@ -362,13 +363,18 @@ static Slots fetch_slots(const Layer *layer, const int8_t *weights, int64_t grou
     return slots;
 }
 
-/* Whether a reduced weight is +128 where words are bytes. */
+/* Whether a reduced weight is +128 where words hold no ninth bit. */
 static bool has_overflow(const Layer *layer, const Slots *slots) {
     bool any = false;
-    for (int c = 0; c < slots->channels && layer->word_operands == 4; c++)
+    for (int c = 0; c < slots->channels && !layer->format.has_ninth_bit; c++)
         for (int byte = 0; byte < QUAD; byte++)
             any |= used_weight(slots->weights[c][byte], &layer->rule) == 128;
     return any;
+}
+
+/* A flag as the path's contests read it. */
+static uint32_t flag_word(const Layer *layer, uint16_t flag) {
+    return layer->format.flags == FLAG_AS_BIT ? in_both_halves(flag) : shift_of_flag(flag);
 }
 
 /* Both weights of each channel side by side, and what decides between them; `rest`: instead, what the words
@@ -376,7 +382,7 @@ static bool has_overflow(const Layer *layer, const Slots *slots) {
 static void write_contests(Writer *writer, int64_t quad_step, const Slots *slots, int kind, bool rest) {
     Layer *layer = writer->layer;
     const SlotRule *rule = &layer->rule;
-    int halves = QUAD / layer->word_operands;
+    int halves = QUAD / layer->format.word_operands;
     int words = form_words(kind == FULL ? FORM_FULL : FORM_MIXED, rule->needs_both);
     for (int half = 0; half < halves; half++) {
         uint32_t *to = layer->dense + writer->word;
@@ -388,20 +394,20 @@ static void write_contests(Writer *writer, int64_t quad_step, const Slots *slots
                 reduced[byte] = (int16_t)used_weight(w[byte], rule);
                 mask[byte] = is_reducible(w[byte], true, rule) ? -1 : 0;
             }
-            if (layer->word_operands == 4)
+            if (!layer->format.has_ninth_bit)
                 split_overflow(reduced, lacking);
             if (writer->is_counting)
                 continue;
             int pattern = slot_pattern_of(w, 0, QUAD);
-            to[c] = encode(exact, half, layer->word_operands);
-            to[TEAM + c] = encode(rest ? lacking : reduced, half, layer->word_operands);
+            to[c] = encode(exact, half, layer->format.word_operands);
+            to[TEAM + c] = encode(rest ? lacking : reduced, half, layer->format.word_operands);
             uint16_t two = TWO_FLAG[pattern], three = THREE_FLAG[pattern];
             if (kind == MIXED) {
-                to[2 * TEAM + c] = halves == 1 ? in_both_halves(two) : shift_of_flag(two);
-                to[3 * TEAM + c] = halves == 1 ? in_both_halves(three) : shift_of_flag(three);
+                to[2 * TEAM + c] = flag_word(layer, two);
+                to[3 * TEAM + c] = flag_word(layer, three);
             }
             if (rule->needs_both)
-                to[(words - 1) * TEAM + c] = encode(mask, half, layer->word_operands);
+                to[(words - 1) * TEAM + c] = encode(mask, half, layer->format.word_operands);
         }
         if (!writer->is_counting)
             layer->order[writer->step] = (uint32_t)(quad_step * halves + half);
@@ -459,7 +465,7 @@ static Written write_program(Layer *layer, const int8_t *weights, bool is_counti
     for (int64_t i = 0; i < channels && !layer->has_contests; i++) {
         write_channel(&writer, weights, i / layer->shape.n, i % layer->shape.n);
         if (!is_counting)
-            layer->offset[i] = is_biased(layer) ? -128 * writer.word_sum : 0;
+            layer->offset[i] = -bias_of(&layer->format, layer->rule.is_signed) * writer.word_sum;
     }
     if (!layer->has_contests) {
         writer.step = layer->steps;
@@ -562,11 +568,11 @@ static void *allocate(int64_t count, size_t size) {
 /* Activations of 256 (or +128 biased) exist only where rounding goes up and bytes must hold the result. */
 static bool needs_ninth_bit(const Layer *layer) {
     const SlotRule *rule = &layer->rule;
-    return layer->word_operands == 4 && rule->threads > 1 && !rule->saturate && !rule->truncate;
+    return !layer->format.has_ninth_bit && rule->threads > 1 && !rule->saturate && !rule->truncate;
 }
 
 Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *weights, const int32_t *k_of,
-                    int word_operands) {
+                    const Format *format) {
     Layer *layer = calloc(1, sizeof *layer);
     if (!layer)
         return NULL;
@@ -574,13 +580,13 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
             length = slot_count(shape, rule) * rule->threads;
     layer->shape = *shape;
     layer->rule = *rule;
-    layer->word_operands = word_operands;
+    layer->format = *format;
     layer->is_im2col = taps > 1 && (shape->c % rule->threads || !is_plain_order(shape, k_of, length));
     layer->channels = layer->is_im2col ? k : shape->c;
     layer->taps = layer->is_im2col ? 1 : taps;
     layer->slots = (layer->channels + rule->threads - 1) / rule->threads;
     layer->quads = (layer->slots + slots_per_quad(rule) - 1) / slots_per_quad(rule);
-    layer->steps = layer->taps * layer->quads * (QUAD / word_operands);
+    layer->steps = layer->taps * layer->quads * words_per_quad(layer);
     layer->blocks = (shape->n + BLOCK - 1) / BLOCK;
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
     layer->channel_of = allocate(shape->groups * layer->quads * QUAD, sizeof *layer->channel_of);
@@ -594,7 +600,7 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
         return NULL;
     }
     place_channels(layer, k_of);
-    layer->has_contests = makes_contests(rule, word_operands);
+    layer->has_contests = makes_contests(rule, format);
     if (layer->has_contests)
         choose_contests(layer);
     else
