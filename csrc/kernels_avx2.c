@@ -333,17 +333,16 @@ INLINE Vector choose_masked(Choice choice, Vector no, Vector yes, Vector mask) {
 
 /* Contests skip steps, so that the hardware does not foresee what the next will read. Two vectors are a cache
  * line. */
-INLINE void prefetch_contests(const MultiplyArguments *multiply, int64_t offset, const uint32_t *word,
-                              int64_t at, const int vectors, const Form form, const bool spares) {
-    (void)word, (void)vectors;
-    const uint32_t *planes = multiply->planes + offset + at;
-    _mm_prefetch((const char *)(planes + plane_of_form(multiply->layer, form, 0) * multiply->plane_stride),
-                 _MM_HINT_T0);
-    if (spares || form == FORM_MIXED)
-        _mm_prefetch(
-            (const char *)(planes + plane_of_form(multiply->layer, form, 1) * multiply->plane_stride),
-            _MM_HINT_T0);
-    _mm_prefetch((const char *)(multiply->flags + offset + at), _MM_HINT_T0);
+INLINE void prefetch_contests(const uint32_t *plane0, const uint32_t *plane1, const uint16_t *flags,
+                              const int vectors) {
+    (void)vectors;
+    _mm_prefetch((const char *)plane0, _MM_HINT_T0);
+    if (plane1)
+        _mm_prefetch((const char *)plane1, _MM_HINT_T0);
+    _mm_prefetch((const char *)flags, _MM_HINT_T0);
+}
+INLINE void prefetch_words(const uint32_t *words, const int count) {
+    (void)words, (void)count;
 }
 
 #include "multiply.h"

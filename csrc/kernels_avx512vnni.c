@@ -399,25 +399,18 @@ INLINE Vector choose_masked(Choice choice, Vector no, Vector yes, Vector mask) {
     return _mm512_mask_ternarylogic_epi32(no, choice, yes, mask, SELECT_BY_LAST);
 }
 
-/* Contests skip steps, so that the hardware does not foresee what the next will read. For the first positions
- * only, ask for words of the next strip, too. */
-INLINE void prefetch_contests(const MultiplyArguments *multiply, int64_t offset, const uint32_t *word,
-                              int64_t at, const int vectors, const Form form, const bool spares) {
-    const int words = form_words(form, spares);
-    const bool has_two = spares || form == FORM_MIXED;
-    const uint32_t *planes = multiply->planes + offset + at;
+/* Contests skip steps, so that the hardware does not foresee what the next will read. */
+INLINE void prefetch_contests(const uint32_t *plane0, const uint32_t *plane1, const uint16_t *flags,
+                              const int vectors) {
     UNROLL for (int v = 0; v < vectors; v++) {
-        _mm_prefetch(planes + plane_of_form(multiply->layer, form, 0) * multiply->plane_stride + v * LANES,
-                     _MM_HINT_T0);
-        if (has_two)
-            _mm_prefetch(planes + plane_of_form(multiply->layer, form, 1) * multiply->plane_stride +
-                             v * LANES,
-                         _MM_HINT_T0);
+        _mm_prefetch(plane0 + v * LANES, _MM_HINT_T0);
+        if (plane1)
+            _mm_prefetch(plane1 + v * LANES, _MM_HINT_T0);
     }
-    _mm_prefetch(multiply->flags + offset + at, _MM_HINT_T0);
-    if (at == 0)
-        UNROLL for (int line = 0; line < (words * TEAM + 15) / 16; line++)
-            _mm_prefetch(word + STRIP_WORDS + 16 * line, _MM_HINT_T1);
+    _mm_prefetch(flags, _MM_HINT_T0);
+}
+INLINE void prefetch_words(const uint32_t *words, const int count) {
+    UNROLL for (int line = 0; line < (count + 15) / 16; line++) _mm_prefetch(words + 16 * line, _MM_HINT_T1);
 }
 
 /* The words of one position in all lanes, or of two in a half each. */

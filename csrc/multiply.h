@@ -9,7 +9,8 @@
  *     Choice     yes or no for each lane: is_raised(flags, flag), three_of_four(flags)
  *                choose(choice, no, yes)       lane by lane
  *                choose_masked(choice, no, yes, mask)   the same, for the bits in the mask
- *     prefetch_contests                        ask for what a step ahead will read
+ *     prefetch_contests(plane0, plane1 or NULL, flags, vectors)   ask for what a step ahead will read
+ *     prefetch_words(words, count)             ask for words of the next strip, or do nothing
  *
  * and the shape of its registers:
  *
@@ -26,11 +27,13 @@ INLINE void multiply_steps(const MultiplyArguments *multiply, const Stream *stre
     const int words = form_words(form, spares), side = form_channels(form);
     const int channels = side < DENSE_CHANNELS ? side : DENSE_CHANNELS;
     const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
-    const bool contests = form == FORM_FULL || form == FORM_MIXED;
+    const bool contests = form == FORM_FULL || form == FORM_MIXED, has_two = selects || form == FORM_MIXED;
     const uint32_t *planes = multiply->planes + at;
     const uint32_t *plane0 = planes + plane_of_form(layer, form, 0) * multiply->plane_stride;
     const uint32_t *plane1 = planes + plane_of_form(layer, form, 1) * multiply->plane_stride;
     const uint16_t *flags = contests ? multiply->flags + at : NULL;
+    /* Keep the compiler from adding `at` anew at every step. */
+    __asm__("" : "+r"(plane0), "+r"(plane1), "+r"(flags));
     const uint32_t *word = stream->words + (contests ? 0 : first);
     const uint32_t *offsets = multiply->step_offset + stream->order[0]; /* without contests, in order */
     uint32_t coming[AHEAD + 1];
@@ -43,14 +46,17 @@ INLINE void multiply_steps(const MultiplyArguments *multiply, const Stream *stre
         int64_t offset = contests ? coming[0] : offsets[i];
         if (contests) {
             coming[AHEAD] = multiply->step_offset[stream->order[i + AHEAD]];
-            prefetch_contests(multiply, coming[AHEAD], word, at, vectors, form, spares);
+            prefetch_contests(plane0 + coming[AHEAD], has_two ? plane1 + coming[AHEAD] : NULL,
+                              flags + coming[AHEAD], vectors);
+            if (at == 0) /* and, for the first positions only, for words of the next strip */
+                prefetch_words(word + STRIP_WORDS, words * side);
         }
         Vector a0[4], a1[4];
         Flags raised[4];
         Choice crowded[4];
         UNROLL for (int v = 0; v < vectors; v++) {
             a0[v] = load_plane(plane0 + offset + v * LANES);
-            if (selects || form == FORM_MIXED)
+            if (has_two)
                 a1[v] = load_plane(plane1 + offset + v * LANES);
             if (contests)
                 raised[v] = load_flags(flags + offset + v * LANES);
@@ -148,6 +154,7 @@ INLINE void add_entries(const MultiplyArguments *multiply, int channel, int at, 
     const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
     const Entry *entry = multiply->layer->entries + first[0], *end = multiply->layer->entries + first[1];
     const uint32_t *planes = multiply->planes + at;
+    __asm__("" : "+r"(planes)); /* as above */
     Vector sums[ENTRY_CHAINS][8];
     UNROLL for (int v = 0; v < vectors; v++) {
         sums[0][v] = load_sums(&multiply->acc[channel][at + v * LANES]);
