@@ -4,6 +4,7 @@
 #include "buffers.h"
 #include "count.h"
 #include "geometry.h"
+#include "ninth_bit.h"
 #include "stage.h"
 
 #include <pthread.h>
@@ -40,16 +41,8 @@ typedef struct Workspace {
     uint16_t *flags;
     int32_t (*acc)[BLOCK][TILE]; /* (blocks, tiles) */
     int64_t *counts;             /* of all jobs that used this workspace */
-    Events events;
-    struct Correction *corrections; /* sorted by tile */
-    int64_t *first_correction;      /* by tile */
+    NinthBits ninth_bits;
 } Workspace;
-
-/* One event seen by one output position. */
-typedef struct Correction {
-    int32_t event, tap;
-    int32_t position;
-} Correction;
 
 /* Tracks that are packed at a time. */
 static int64_t tracks(const Shared *shared) {
@@ -62,7 +55,7 @@ static int64_t tiles_of(int64_t positions) {
 
 /* So many events of a chunk are corrected one by one. */
 static int64_t events_per_chunk(const Shared *shared) {
-    return tracks(shared) * shared->geometry.track_stride / 8 + 1;
+    return tracks(shared) * shared->geometry.track_stride / POSITIONS_PER_EVENT + 1;
 }
 
 /* From a plane to the next, in 32-bit words. */
@@ -80,9 +73,7 @@ static void workspace_release(Workspace *workspace) {
     buffer_give(workspace->flags);
     buffer_give(workspace->acc);
     buffer_give(workspace->counts);
-    buffer_give(workspace->events.list);
-    free(workspace->corrections);
-    free(workspace->first_correction);
+    ninth_bits_release(&workspace->ninth_bits);
     free(workspace);
 }
 
@@ -114,11 +105,9 @@ static Workspace *workspace_make(const Shared *shared) {
         if (workspace->counts)
             memset(workspace->counts, 0, bytes);
     }
-    if (shared->can_overflow) {
-        workspace->events.capacity = events_per_chunk(shared) * shared->layer->chunks;
-        workspace->events.list = allocate((size_t)workspace->events.capacity * sizeof(Event));
-        is_complete &= workspace->events.list != NULL;
-    }
+    if (shared->can_overflow)
+        is_complete &=
+            ninth_bits_make(&workspace->ninth_bits, events_per_chunk(shared) * shared->layer->chunks);
     if (!is_complete) {
         workspace_release(workspace);
         return NULL;
@@ -221,7 +210,8 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
                                   .word_stride = geometry->track_stride,
                                   .flags = layer->has_contests && !is_excess ? workspace->flags + at : NULL,
                                   .flags_of = layer->flags_of,
-                                  .events = shared->can_overflow && !is_excess ? &workspace->events : NULL,
+                                  .events = shared->can_overflow && !is_excess ? &workspace->ninth_bits.events
+                                                                               : NULL,
                                   .phase = phase,
                                   .quad = (int32_t)of_layer};
             const int32_t *channels = layer->channel_of + (job->group * layer->quads + of_layer) * QUAD;
@@ -231,8 +221,6 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
         }
 }
 
-/* ---- activations of nine bits ---- */
-
 static int64_t job_positions(const Job *job) {
     return job->rows * job->shared->geometry.pitch;
 }
@@ -241,60 +229,17 @@ static int64_t job_tiles(const Job *job) {
     return tiles_of(job_positions(job));
 }
 
-/* Count, or write, every (event, tap) that an output position of the job sees, from next[tile] on. */
-static void visit_corrections(const Job *job, int64_t *next, Correction *out) {
-    const Geometry *geometry = &job->shared->geometry;
-    const Events *events = &job->workspace->events;
-    int64_t positions = job_positions(job), count = atomic_load(&events->count);
-    for (int64_t i = 0; i < count; i++) {
-        const Event *event = &events->list[i];
-        for (int64_t tap = 0; tap < job->shared->layer->taps; tap++) {
-            int64_t position = event->position - tap_shift(geometry, &geometry->taps[tap]);
-            if (geometry->taps[tap].phase != event->phase || position < 0 || position >= positions)
-                continue;
-            int64_t at = next[position / TILE]++;
-            if (out)
-                out[at] = (Correction){(int32_t)i, (int32_t)tap, (int32_t)position};
-        }
-    }
-}
-
-/* Sort the events' effects by tile. */
-static bool prepare_corrections(const Job *job) {
-    Workspace *workspace = job->workspace;
-    int64_t tiles = job_tiles(job), total = 0;
-    free(workspace->first_correction);
-    free(workspace->corrections);
-    workspace->corrections = NULL;
-    int64_t *first = workspace->first_correction = calloc((size_t)tiles + 1, sizeof *first);
-    if (!first)
-        return false;
-    visit_corrections(job, first, NULL);
-    for (int64_t tile = 0; tile <= tiles; tile++) {
-        int64_t here = first[tile];
-        first[tile] = total;
-        total += here;
-    }
-    workspace->corrections = malloc((size_t)total * sizeof *workspace->corrections + 1);
-    if (!workspace->corrections)
-        return false;
-    visit_corrections(job, first, workspace->corrections); /* moves every first to the next tile's */
-    memmove(first + 1, first, (size_t)tiles * sizeof *first);
-    first[0] = 0;
-    return true;
-}
-
 /* Whether the chunk's events are few enough to be corrected one by one; else forget them, and pack what they
  * lack. */
 static void job_settle_chunk(Job *job) {
     Workspace *workspace = job->workspace;
-    int64_t count = atomic_load(&workspace->events.count);
+    int64_t count = atomic_load(&workspace->ninth_bits.events.count);
     job->has_excess = count - job->events_before > events_per_chunk(job->shared);
     if (!job->has_excess) {
         job->events_before = count;
         return;
     }
-    atomic_store(&workspace->events.count, job->events_before);
+    atomic_store(&workspace->ninth_bits.events.count, job->events_before);
     if (!workspace->planes[1])
         workspace->planes[1] = allocate(
             (size_t)(plane_stride(job->shared) * job->shared->layer->plane_count) * sizeof(uint32_t));
@@ -306,60 +251,9 @@ static void job_settle_chunk(Job *job) {
 
 /* After the last chunk: what is left to be corrected. */
 static void job_settle_events(const Job *job) {
-    free(job->workspace->first_correction);
-    job->workspace->first_correction = NULL;
-    if (job->events_before && !prepare_corrections(job))
+    if (!ninth_bits_settle(&job->workspace->ninth_bits, job->shared->layer, &job->shared->geometry,
+                           job_positions(job)))
         fail(job->shared);
-}
-
-/* Sums to add to the channels of one tile, for the positions that events touch. */
-typedef struct {
-    int32_t *sums; /* (touched, channels) */
-    int16_t row_of[TILE];
-    int touched;
-} TileCorrections;
-
-static bool correct_tile(const Job *job, int64_t tile, int64_t first_channel, int64_t channels,
-                         TileCorrections *corrections) {
-    const Workspace *workspace = job->workspace;
-    const Layer *layer = job->shared->layer;
-    memset(corrections->row_of, -1, sizeof corrections->row_of);
-    corrections->touched = 0;
-    if (!workspace->first_correction)
-        return true;
-    int64_t first = workspace->first_correction[tile], end = workspace->first_correction[tile + 1];
-    for (int64_t i = first; i < end; i++) {
-        int16_t *row = &corrections->row_of[workspace->corrections[i].position % TILE];
-        if (*row < 0)
-            *row = (int16_t)corrections->touched++;
-    }
-    if (!corrections->touched)
-        return true;
-    if (!corrections->sums)
-        corrections->sums = malloc((size_t)(TILE * channels) * sizeof(int32_t));
-    if (!corrections->sums)
-        return false;
-    memset(corrections->sums, 0, (size_t)(corrections->touched * channels) * sizeof(int32_t));
-    for (int64_t i = first; i < end; i++) {
-        const Correction *correction = &workspace->corrections[i];
-        const Event *event = &workspace->events.list[correction->event];
-        const uint32_t *raw =
-            layer->raw +
-            ((job->group * layer->taps + correction->tap) * layer->quads + event->quad) * layer->shape.n +
-            first_channel;
-        job->shared->ops->correct(raw, channels, event, &layer->rule,
-                                  corrections->sums +
-                                      corrections->row_of[correction->position % TILE] * channels);
-    }
-    return true;
-}
-
-static void add_corrections(const TileCorrections *corrections, int64_t channels, int64_t first, int count,
-                            int32_t acc[BLOCK][TILE]) {
-    for (int position = 0; position < TILE; position++)
-        if (corrections->row_of[position] >= 0)
-            for (int c = 0; c < count; c++)
-                acc[c][position] += corrections->sums[corrections->row_of[position] * channels + first + c];
 }
 
 /* ---- where a tile goes ---- */
@@ -496,7 +390,8 @@ static void job_store(const Job *job, int64_t first, int64_t end) {
     TilePlaces places;
     for (int64_t tile = 0; tile < tiles; tile++) {
         place_tile(job, tile, &places);
-        if (!correct_tile(job, tile, first_channel, channels, &corrections)) {
+        if (!ninth_bits_of_tile(&job->workspace->ninth_bits, layer, job->group, tile, first_channel, channels,
+                                &corrections)) {
             fail(shared);
             break;
         }
@@ -512,7 +407,7 @@ static void job_store(const Job *job, int64_t first, int64_t end) {
                 int32_t (*acc)[TILE] = job->workspace->acc[block * tiles + tile];
                 int count = channels_of(layer, block);
                 if (corrections.touched)
-                    add_corrections(&corrections, channels, block * BLOCK - first_channel, count, acc);
+                    ninth_bits_add(&corrections, channels, block * BLOCK - first_channel, count, acc);
                 store.acc[block - together] = (const int32_t (*)[TILE])acc;
                 store.channels += count;
             }
@@ -527,7 +422,7 @@ static void job_store(const Job *job, int64_t first, int64_t end) {
 static Job make_job(Shared *shared, int64_t index, Workspace *workspace) {
     Job job = {.shared = shared, .workspace = workspace, .group = index / shared->geometry.jobs};
     geometry_job(&shared->geometry, index % shared->geometry.jobs, &job.first_row, &job.rows);
-    atomic_store(&workspace->events.count, 0);
+    atomic_store(&workspace->ninth_bits.events.count, 0);
     return job;
 }
 
@@ -611,7 +506,7 @@ static void run_share(void *context, int64_t index) {
 
 static void run_pass(Job *job, void (*function)(const Job *, int64_t, int64_t), int64_t total,
                      int64_t granule, int cpu_threads) {
-    int64_t shares = cpu_threads > 1 ? 2 * (int64_t)cpu_threads : 1;
+    int64_t shares = cpu_threads > 1 ? SHARES_PER_THREAD * (int64_t)cpu_threads : 1;
     int64_t share = ((total + shares - 1) / shares + granule - 1) / granule * granule;
     Pass pass = {job, function, total, share};
     parallel_for((total + share - 1) / share, cpu_threads, run_share, &pass);

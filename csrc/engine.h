@@ -7,6 +7,7 @@
 #include "program.h"
 #include "seen.h"
 #include "tally.h"
+#include "tuning.h"
 
 #include <stdatomic.h>
 
@@ -15,9 +16,6 @@ enum {
     GRAIN = 64, /* tracks are multiples of this many positions */
     STORED = 2, /* blocks that are stored together: 16 channels are a cache line */
 };
-
-/* Words of a dense stream that are applied to all positions of a tile in turn. */
-enum { STRIP_WORDS = 4096 };
 
 /* An activation whose reduced value needs nine bits: the plane holds one less. */
 typedef struct {

@@ -1,9 +1,10 @@
 #include "fingerprint.h"
 #include "kernels.h"
+#include "tuning.h"
 
 #include <string.h>
 
-enum { VECTORS = 8, SECTIONS = 16, SECTION_BYTES = 32 << 10 };
+enum { VECTORS = 8, SECTIONS = 16 };
 
 /* Two words; any compiler makes baseline vector code of it. */
 typedef uint64_t Words __attribute__((vector_size(16)));
@@ -49,7 +50,7 @@ static void run_section(void *context, int64_t index) {
 }
 
 uint64_t fingerprint(const unsigned char *data, int64_t bytes, int cpu_threads) {
-    if (bytes <= SECTION_BYTES)
+    if (bytes <= FINGERPRINT_BYTES)
         return fingerprint_section(data, bytes);
     Sections sections = {.data = data, .bytes = bytes, .section_bytes = (bytes / SECTIONS + 64) / 64 * 64};
     int64_t count = (bytes + sections.section_bytes - 1) / sections.section_bytes;

@@ -75,8 +75,6 @@ static void merge_axes(Geometry *geometry) {
     geometry->out_width = source->width;
 }
 
-enum { PIECE_POSITIONS = 512, LEAST_POSITIONS = 128 };
-
 static void cut_jobs(Geometry *geometry, const Layer *layer, int cpu_threads) {
     int64_t width = geometry->out_width;
     geometry->pieces = 1;
@@ -92,8 +90,8 @@ static void cut_jobs(Geometry *geometry, const Layer *layer, int cpu_threads) {
     int64_t rows = max64(1, min64(available, positions / geometry->pitch));
     /* Enough jobs for every thread, as long as they do not become tiny. */
     int64_t others = stays_in_image ? batch * layer->shape.groups : layer->shape.groups;
-    int64_t wanted = cpu_threads > 1 ? ceil_div(4 * (int64_t)cpu_threads, others) : 1;
-    int64_t least = max64(1, ceil_div(LEAST_POSITIONS, geometry->pitch));
+    int64_t wanted = cpu_threads > 1 ? ceil_div(JOBS_PER_THREAD * (int64_t)cpu_threads, others) : 1;
+    int64_t least = max64(1, ceil_div(LEAST_SHARE_POSITIONS, geometry->pitch));
     rows = max64(min64(rows, least), min64(rows, ceil_div(available, wanted)));
     rows = ceil_div(available, ceil_div(available, rows)); /* evenly */
     geometry->rows = batch * per_image;
@@ -131,8 +129,7 @@ bool geometry_make(Geometry *geometry, const Layer *layer, const Source *source,
     cut_jobs(geometry, layer, cpu_threads);
     geometry->stage_rows = geometry->rows_per_job + geometry->dy_max - geometry->dy_min;
     int64_t positions = geometry->guard + geometry->stage_rows * geometry->pitch;
-    /* Not a power of two apart: tracks would compete for the same cache lines. */
-    geometry->track_stride = ceil_div(positions, 64) * 64 + 16;
+    geometry->track_stride = ceil_div(positions, 64) * 64 + TRACK_SKEW;
     return true;
 }
 

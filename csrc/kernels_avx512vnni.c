@@ -151,8 +151,8 @@ INLINE void quantise_squares(const float *from, int64_t pixel_stride, int64_t co
                              const Quantiser *quantiser, uint8_t *to, int64_t channel_stride, Seen *seen,
                              const bool is_signed) {
     Rounder rounder = make_rounder(quantiser);
-    /* Large activations come from memory; the processor's own prefetching stops at every page. */
-    int64_t ahead = channels < 64 ? 3072 / channels : 48; /* pixels: 12 KB or more */
+    int64_t ahead =
+        channels < QUANTISE_AHEAD / QUANTISE_AHEAD_PIXELS ? QUANTISE_AHEAD / channels : QUANTISE_AHEAD_PIXELS;
     for (int64_t i = 0; i < count; i += 16)
         for (int64_t c = 0; c < channels; c += 16) {
             const float *square = from + i * pixel_stride + c;

@@ -3,6 +3,7 @@
 #define SYSMT_PROGRAM_H
 
 #include "kernels.h"
+#include "tuning.h"
 
 enum {
     QUAD = 4,        /* operands that are packed together: 4 / T slots */
@@ -85,8 +86,6 @@ typedef struct {
     int64_t step, word;
 } Start;
 
-enum { AHEAD = 4 }; /* steps: order may be read so far behind its end, to ask for operands early */
-
 struct Layer {
     ConvShape shape;
     SlotRule rule;
@@ -108,7 +107,7 @@ struct Layer {
     uint32_t *dense;             /* (groups, blocks, steps, words of the form, BLOCK), in the order below */
     Entry *entries;              /* sorted by (group, n) */
     int64_t *first_entry;        /* (groups * n * chunks + 1) */
-    uint32_t *order;             /* the steps, in the order of the dense stream */
+    uint32_t *order;             /* the steps, in the order of the dense stream; AHEAD more may be read */
     bool has_contests;           /* then there are no entries, and order and dense are by block: */
     Start *starts;               /* (groups, blocks, chunks, TEAMS, STREAMS; + 1) */
     uint32_t flags_of[PATTERNS]; /* what a position raises, by activation pattern */
@@ -161,9 +160,10 @@ static inline int64_t steps_of_chunk(const Layer *layer, int64_t chunk) {
 
 /* Output positions that a job aims at: their sums, for all channels, stay in the core's cache, too. */
 static inline int64_t wanted_positions(const Layer *layer) {
-    enum { SUMS_BYTES = 384 << 10, LEAST = 128, MOST = 2048 };
     int64_t positions = SUMS_BYTES / 4 / (layer->shape.n ? layer->shape.n : 1);
-    return positions < LEAST ? LEAST : positions > MOST ? MOST : positions;
+    return positions < LEAST_JOB_POSITIONS  ? LEAST_JOB_POSITIONS
+           : positions > MOST_JOB_POSITIONS ? MOST_JOB_POSITIONS
+                                            : positions;
 }
 
 static inline int slots_per_quad(const SlotRule *rule) {
