@@ -1,7 +1,8 @@
 /* Streams and entries times planes: the loops that every vector path compiles for itself, behind its own
  * primitives, as primitive operations of its own width:
  *
- *     Vector     LANES sums, or the words of LANES positions: load_sums, store_sums, load_plane
+ *     Vector     LANES sums, or the words of LANES positions: load_sums, store_sums, load_plane,
+ *                no_sums, add_sums
  *                broadcast(word)               one word in all lanes, in a register
  *                multiply_add(sums, a, w)      the dot products of the lanes' operands, added
  *                select_bytes(mask, yes, no)   bit by bit
