@@ -21,6 +21,7 @@ __all__ = [
     "activation_range",
     "dequantize",
     "inverse_scale",
+    "is_scale",
     "quantize_activations",
     "quantize_weights",
     "weight_scales",
@@ -28,6 +29,9 @@ __all__ = [
 
 WEIGHT_LIMIT = 127
 """Quantised weights, and signed activations, lie in [-127, 127]."""
+
+SCALES = "a positive, finite, normal float32 is needed (1.18e-38 to 3.4e38)"
+"""What error messages say of a value that `is_scale` does not take."""
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -39,14 +43,14 @@ class ActivationRange:
     Attributes
     ----------
     scale : float
-        Float value of one quantisation step, positive and finite; a float32 value.
+        Float value of one quantisation step; a float32 value for which `is_scale` holds.
     signed : bool
         Whether the codes are int8 in [-127, 127] instead of uint8 in [0, 255].
 
     Raises
     ------
     ConfigError
-        If the scale is not a positive finite number whose inverse is a finite float32.
+        If the scale is not a positive, finite, normal float32.
     """
 
     scale: float
@@ -54,13 +58,12 @@ class ActivationRange:
 
     def __post_init__(self) -> None:
         try:
-            scale = np.float32(self.scale)
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+                scale = np.float32(self.scale)
         except (TypeError, ValueError):
             raise ConfigError(f"activation scale {self.scale!r} is no number") from None
-        if not (np.isfinite(scale) and scale > 0 and np.isfinite(inverse_scale(scale))):
-            raise ConfigError(
-                f"activation scale {self.scale!r} is not a positive finite float32 with a finite inverse"
-            )
+        if not is_scale(scale):
+            raise ConfigError(f"activation scale {self.scale!r} is no scale: {SCALES}")
         object.__setattr__(self, "scale", float(scale))
         object.__setattr__(self, "signed", bool(self.signed))
 
@@ -76,11 +79,30 @@ def inverse_scale(scale: float | np.float32) -> np.float32:
         return np.float32(1.0 / np.float64(scale))
 
 
+def is_scale(values: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Tell which values can be the scale of activations or weights: positive, finite, normal float32 numbers.
+
+    The inverse of a normal number is finite in float32, that of a smaller one may be infinite: zeros
+    would then be quantised to 0 * inf, which is no number.
+
+    Parameters
+    ----------
+    values : array, float32
+        Any shape.
+
+    Returns
+    -------
+    ndarray of bool
+        Same shape.
+    """
+    with np.errstate(over="ignore"):
+        scale = np.asarray(values, np.float32)
+    return (scale >= np.finfo(np.float32).tiny) & (scale < np.inf)
+
+
 def _usable(scale: Float32Array) -> Float32Array:
     """Replace scales of all-zero (or vanishing) data by 1."""
-    with np.errstate(over="ignore", divide="ignore"):
-        finite = np.isfinite((1.0 / scale.astype(np.float64)).astype(np.float32))
-    return np.where((scale > 0) & finite, scale, np.float32(1)).astype(np.float32)
+    return np.where(is_scale(scale), scale, np.float32(1)).astype(np.float32)
 
 
 def activation_range(image_maxima: npt.ArrayLike, signed: bool) -> ActivationRange:
@@ -158,10 +180,19 @@ def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray
     Returns
     -------
     ndarray (N, ...), int8
+
+    Raises
+    ------
+    ConfigError
+        If a value is no scale (`is_scale`).
     """
+    if not is_scale(scales).all():
+        bad = int(np.argmin(is_scale(scales)))
+        raise ConfigError(f"weight scale {scales[bad]:.3g} of output channel {bad} is no scale: {SCALES}")
     w = np.asarray(weight, np.float32)
     inverse = (1.0 / scales.astype(np.float64)).astype(np.float32).reshape(-1, *[1] * (w.ndim - 1))
-    scaled = w * inverse
+    with np.errstate(over="ignore"):  # clamped below
+        scaled = w * inverse
     np.rint(scaled, out=scaled)  # in place: a copy of the largest layer may be a forward's peak
     np.clip(scaled, -WEIGHT_LIMIT, WEIGHT_LIMIT, out=scaled)
     codes: npt.NDArray[np.int8] = scaled.astype(np.int8)

@@ -38,10 +38,34 @@ def test_vanishing_maximum_gives_scale_one():
     assert activation_range([1e-40], signed=False).scale == 1.0
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e-42])
+LEAST = float(np.finfo(np.float32).tiny)  # 2**-126
+NO_SCALES = [0.0, -0.0, -1.0, float("nan"), float("inf"), 1e-45, 1e-42, LEAST / 2, LEAST * (1 - 2**-23), 1e39]
+
+
+@pytest.mark.parametrize("scale", NO_SCALES)
 def test_bad_scale(scale):
-    with pytest.raises(ConfigError, match="scale"):
+    with pytest.raises(ConfigError, match="is no scale: a positive, finite, normal float32 is needed"):
         ActivationRange(scale)
+
+
+@pytest.mark.parametrize("scale", NO_SCALES)
+def test_weights_are_not_quantised_by_what_is_no_scale(scale):
+    with np.errstate(over="ignore"):
+        scales = np.array([1.0, scale], np.float32)
+    with pytest.raises(ConfigError, match="output channel 1 is no scale"):
+        quantize_weights(np.zeros((2, 1), np.float32), scales)
+
+
+@pytest.mark.parametrize("scale", [LEAST, 1.0, float(np.finfo(np.float32).max)])
+def test_every_normal_scale_quantises_zero_to_zero_and_itself_to_one(scale):
+    values = np.array([[0.0, scale, -scale]], np.float32)
+    assert quantize_weights(values, np.array([scale], np.float32)).tolist() == [[0, 1, -1]]
+    assert quantize_activations(values, ActivationRange(scale, signed=True)).tolist() == [[0, 1, -1]]
+
+
+def test_a_weight_far_beyond_the_scale_is_clamped():
+    codes = quantize_weights(np.array([[3e38, -3e38, 0]], np.float32), np.array([LEAST], np.float32))
+    assert codes.tolist() == [[127, -127, 0]]
 
 
 def test_halves_round_to_even_and_clamp():

@@ -45,7 +45,7 @@ from sysmt.nn.array.selection import (
 from sysmt.nn.array.settings import ArraySettings
 from sysmt.nn.array.stand_in import StandIn
 from sysmt.nn.passes import image_batches
-from sysmt.quant.uniform import ActivationRange
+from sysmt.quant.uniform import SCALES, ActivationRange, is_scale
 
 __all__ = ["Simulation", "attach"]
 
@@ -517,8 +517,8 @@ class Simulation:
         Raises
         ------
         ConfigError
-            If a name is unknown or its layer stays in float, or scales are not positive, not finite or
-            not as many as output channels.
+            If a name is unknown or its layer stays in float, or scales are not positive, finite, normal
+            float32 numbers or not as many as output channels.
         """
         self._check_attached("set_weight_scales")
         if not isinstance(scales, Mapping):
@@ -743,14 +743,19 @@ class Simulation:
 def _weight_scales(given: np.ndarray | float, layer: ArrayLayer) -> np.ndarray:
     channels = layer.geometry.out_channels
     try:
-        values = np.asarray(given, np.float32)
+        with np.errstate(over="ignore"):  # what overflows is no scale, and refused below
+            values = np.asarray(given, np.float32)
         np.broadcast_to(values, channels)  # raises where they are not one or as many
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"weight scales of layer {layer.name!r}: {channels} numbers or one are needed ({error})"
         ) from error
-    if not (np.isfinite(values) & (values > 0)).all():
-        raise ConfigError(f"weight scales of layer {layer.name!r} must be positive and finite")
+    if not is_scale(values).all():
+        bad = int(np.argmin(is_scale(values)))
+        raise ConfigError(
+            f"weight scales of layer {layer.name!r}: {values.flat[bad]:.3g} (number {bad}) is no scale: "
+            f"{SCALES}"
+        )
     return values
 
 

@@ -1031,7 +1031,10 @@ def test_own_weight_scales_decide_what_is_narrow():
         assert torch.allclose(conv(x), wide)
 
 
-@pytest.mark.parametrize("scales", [0, -1.0, float("nan"), [1.0, 2.0], "large", [float("inf")] * 6])
+@pytest.mark.parametrize(
+    "scales",
+    [0, -1.0, float("nan"), [1.0, 2.0], "large", [float("inf")] * 6, 1e-45, 1e39, [1.0] * 5 + [1e-38]],
+)
 def test_impossible_weight_scales_are_refused(scales):
     with sysmt.attach(nn.Sequential(nn.Conv2d(4, 6, 3)), first=True) as sim:
         with pytest.raises(sysmt.errors.ConfigError, match="weight scales of layer '0'"):
