@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from sysmt.errors import ConfigError, OutputError, WeightsError, nearest
 from sysmt.files import written_whole
@@ -228,29 +229,47 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def weights_hash(model: nn.Module, part: Literal["parameters", "buffers"] = "parameters") -> str:
-    """Hash names, dtypes, shapes and bytes of a network's parameters, or of its buffers.
+    """Hash names, dtypes, shapes and bytes of a network's weights, or of its BatchNorm statistics.
 
-    A calibration belongs to the parameters: recalibrated BatchNorm statistics are buffers and leave
-    that hash as it is. Masks of `torch.nn.utils.prune` count as part of the weights.
+    A calibration belongs to the weights: recalibrated BatchNorm statistics leave that hash as it is. All
+    else in the `state_dict` counts as weights, whatever it is called: parameters that a weight is computed
+    from, and buffers that are no statistics. Masks of `torch.nn.utils.prune` are multiplied in.
 
     Parameters
     ----------
     model : nn.Module
     part : {"parameters", "buffers"}
+        Weights, or statistics.
 
     Returns
     -------
     str
         SHA-256, 64 hexadecimal digits.
+
+    Raises
+    ------
+    WeightsError
+        If values are on the meta device: there is nothing to hash.
     """
     if part not in ("parameters", "buffers"):
         raise ConfigError(f"part={part!r} is unknown; allowed: parameters, buffers")
-    state = _apply_masks(model.state_dict())
-    parameters = {name.removesuffix("_orig") for name, _ in model.named_parameters(remove_duplicate=False)}
+    statistics = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _NormBase)
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    state = model.state_dict()
+    plain = _apply_masks({name: value for name, value in state.items() if isinstance(value, Tensor)})
     digest = hashlib.sha256()
-    for name in sorted(state):
-        if (name in parameters) == (part == "parameters"):
-            value = state[name].detach().cpu().contiguous()
+    for name in sorted(plain):
+        if (name in statistics) == (part == "buffers"):
+            value = plain[name].detach()
+            if value.is_meta:
+                raise WeightsError(
+                    f"{name} of {type(model).__name__} is on the meta device: it has no values"
+                )
+            value = (value.to_dense() if value.layout is not torch.strided else value).cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from sysmt.files import written_whole
 from sysmt.nn.batchnorm.training_statistics import BatchStatistics, batch_statistics, check_statistics
 from sysmt.nn.data.labelled_images import ImageData
 from sysmt.nn.networks.checkpoints import read_torch_file, refresh_masked
-from sysmt.nn.passes import evaluation_mode, kept_modes
+from sysmt.nn.passes import check_loader, evaluation_mode, input_batch, kept_modes
 from sysmt.progress import Bar, progress_bar
 
 __all__ = ["Evaluation", "History", "evaluate", "train"]
@@ -130,7 +130,7 @@ def evaluate(
         torch.inference_mode(),
         progress_bar(what, getattr(loader, "images", None), enabled=progress) as bar,
     ):
-        for inputs, labels in loader:
+        for inputs, labels in _labelled(loader):
             logits = model(inputs.to(device)).float().cpu()
             _check_labels(logits, labels, loader)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
@@ -339,7 +339,7 @@ class _Run:
         total_loss = 0.0
         start = time.perf_counter()
         self.model.train()
-        for inputs, labels in loader:
+        for inputs, labels in _labelled(loader):
             if len(labels) == 1 and largest > 1:
                 continue  # a last batch of one image has no variance for BatchNorm to learn from
             if not len(labels):
@@ -475,6 +475,24 @@ def _make_scheduler(
             )
         return schedulers.MultiStepLR(optimizer, [round(share * steps) for share in shares], gamma=0.1)
     return schedulers.ConstantLR(optimizer, factor=1.0)
+
+
+def _labelled(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of a loader; raise `DataError` for what is no (inputs, labels) pair of tensors."""
+    check_loader(loader, DataError)
+    for item in loader:
+        inputs = input_batch(item, DataError)
+        if not isinstance(item, Sequence) or len(item) != 2 or not isinstance(item[1], Tensor):
+            raise DataError(
+                f"the loader gave {type(item).__name__}; pairs (inputs, labels) of tensors are needed"
+            )
+        labels = item[1]
+        if labels.shape != inputs.shape[:1] or (len(labels) and labels.is_floating_point()):
+            raise DataError(
+                f"the loader gave inputs of shape {tuple(inputs.shape)} with labels of shape "
+                f"{tuple(labels.shape)} and {labels.dtype}; one integer per image is needed"
+            )
+        yield inputs, labels
 
 
 def _check_labels(logits: Tensor, labels: Tensor, loader: object) -> None:
