@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+from sysmt.config import parse_number
 from sysmt.errors import ConfigError
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "activation_range",
     "dequantize",
     "inverse_scale",
+    "parse_scale",
     "quantize_activations",
     "quantize_weights",
     "weight_scales",
@@ -30,6 +32,9 @@ WEIGHT_LIMIT = 127
 """Quantised weights, and signed activations, lie in [-127, 127]."""
 
 Float32Array = npt.NDArray[np.float32]
+
+_QUIET = np.errstate(over="ignore", under="ignore", divide="ignore")
+"""Rounding to 0 or infinity is part of the arithmetic, whatever numpy is told about it elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +58,9 @@ class ActivationRange:
     signed: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            scale = np.float32(self.scale)
-        except (TypeError, ValueError):
-            raise ConfigError(f"activation scale {self.scale!r} is no number") from None
-        if not (np.isfinite(scale) and scale > 0 and np.isfinite(inverse_scale(scale))):
-            raise ConfigError(
-                f"activation scale {self.scale!r} is not a positive finite float32 with a finite inverse"
-            )
-        object.__setattr__(self, "scale", float(scale))
+        object.__setattr__(self, "scale", parse_scale(self.scale, "activation scale"))
+        if type(self.signed).__name__ not in ("bool", "bool_"):  # "false" would count as True
+            raise ConfigError(f"signed={self.signed!r} must be True or False")
         object.__setattr__(self, "signed", bool(self.signed))
 
     @property
@@ -70,19 +69,37 @@ class ActivationRange:
         return WEIGHT_LIMIT if self.signed else 255
 
 
+@_QUIET
+def parse_scale(value: object, field: str) -> float:
+    """Turn a number into a usable float32 scale; raise `ConfigError` otherwise.
+
+    Scales of activations and of weights alike: 0, NaN and infinity quantise nothing, and of a number whose
+    inverse overflows float32 the codes are undefined.
+    """
+
+    def usable(number: float) -> bool:
+        scale = np.float32(number)
+        return bool(scale > 0 and np.isfinite(scale) and np.isfinite(inverse_scale(scale)))
+
+    return float(
+        np.float32(parse_number(value, field, "a positive finite float32 with a finite inverse", usable))
+    )
+
+
+@_QUIET
 def inverse_scale(scale: float | np.float32) -> np.float32:
     """Return float32(1 / scale), the factor that quantisation multiplies with."""
-    with np.errstate(over="ignore", divide="ignore"):
-        return np.float32(1.0 / np.float64(scale))
+    return np.float32(1.0 / np.float64(scale))
 
 
+@_QUIET
 def _usable(scale: Float32Array) -> Float32Array:
     """Replace scales of all-zero (or vanishing) data by 1."""
-    with np.errstate(over="ignore", divide="ignore"):
-        finite = np.isfinite((1.0 / scale.astype(np.float64)).astype(np.float32))
+    finite = np.isfinite((1.0 / scale.astype(np.float64)).astype(np.float32))
     return np.where((scale > 0) & finite, scale, np.float32(1)).astype(np.float32)
 
 
+@_QUIET
 def activation_range(image_maxima: npt.ArrayLike, signed: bool) -> ActivationRange:
     """Turn per-image maxima into a layer's range.
 
@@ -103,6 +120,7 @@ def activation_range(image_maxima: npt.ArrayLike, signed: bool) -> ActivationRan
     return ActivationRange(float(_usable(np.array([mean / limit], np.float32))[0]), signed)
 
 
+@_QUIET
 def quantize_activations(
     x: npt.ArrayLike, range_: ActivationRange
 ) -> npt.NDArray[np.uint8] | npt.NDArray[np.int8]:
@@ -125,6 +143,7 @@ def quantize_activations(
     return codes
 
 
+@_QUIET
 def weight_scales(weight: npt.ArrayLike, per_channel: bool = True) -> Float32Array:
     """Scale of each output channel: max|w| / 127, and 1 for an all-zero channel.
 
@@ -146,6 +165,7 @@ def weight_scales(weight: npt.ArrayLike, per_channel: bool = True) -> Float32Arr
     return _usable((maxima.astype(np.float64) / WEIGHT_LIMIT).astype(np.float32))
 
 
+@_QUIET
 def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray[np.int8]:
     """Quantise weights symmetrically to [-127, 127]; a zero weight stays exactly 0.
 
@@ -168,6 +188,7 @@ def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray
     return codes
 
 
+@_QUIET
 def dequantize(
     accumulators: npt.NDArray[np.int32],
     activation_scale: float,

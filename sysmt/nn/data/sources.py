@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from sysmt.errors import DataError, nearest
+from sysmt.files import read_npz
 from sysmt.nn.data.pixels import find_images
 from sysmt.nn.data.preprocessing import add_noise, pad_crop_flip, preset
 
@@ -65,7 +67,7 @@ def read_data(spec: str) -> RawData:
     if not path:
         raise DataError(f"data {spec!r} needs a path; write {kinds[kind]}")
     where = Path(path).expanduser()
-    if not where.exists():
+    if not os.path.exists(where):  # unlike Path's own, this takes names of any length
         raise DataError(f"{where} is missing (data {spec!r})")
     if kind == "npz":
         return _read_npz(where)
@@ -111,9 +113,8 @@ def _read_digits() -> RawData:
 
 def _read_npz(path: Path) -> RawData:
     try:
-        with np.load(path, allow_pickle=False) as content:
-            found = {key: content[key] for key in content.files if key[1:] in ("_train", "_test")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        found = read_npz(path, lambda name: name[1:] in ("_train", "_test"))
+    except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no readable .npz file of plain arrays ({error})") from error
     raw = RawData()
     for split in ("test", "train"):
@@ -217,4 +218,13 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
     empty = [name for name, paths in found.items() if not paths]
     if empty:
         raise DataError(f"{folder / empty[0]} has no images")
+    owners: dict[Path, str] = {}
+    for name, paths in found.items():
+        for place in {path.parent.resolve() for path in paths}:
+            other = owners.setdefault(place, name)
+            if other != name:
+                raise DataError(
+                    f"{place} belongs to two classes, {other} and {name}, through links in {folder}; "
+                    "its images cannot have both labels"
+                )
     return found

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import urllib.error
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from sysmt.errors import ConfigError, OutputError, WeightsError, nearest
-from sysmt.files import written_whole
+from sysmt.files import check_archive, written_whole
 
 __all__ = [
     "load_state",
@@ -50,11 +52,13 @@ def read_torch_file(path: str | Path) -> Any:
         If the file is missing, damaged, or holds other Python objects (which could run code).
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's own, this takes names of any length
         raise WeightsError(
-            f"{path} is {'a directory' if path.is_dir() else 'missing'}; a checkpoint file is needed"
+            f"{path} is {'a directory' if os.path.isdir(path) else 'missing'}; a checkpoint file is needed"
         )
     try:
+        if zipfile.is_zipfile(path):  # torch's older format has no checksums
+            check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -106,6 +110,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     state = {str(key): value for key, value in content.items()}
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
+    for key, value in state.items():
+        if value.is_meta:
+            raise WeightsError(f"{path} has {key!r} on the meta device: it was saved without values")
+        if value.layout is not torch.strided:
+            state[key] = value.to_dense()
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     state = _apply_masks(state)
     for key, value in state.items():

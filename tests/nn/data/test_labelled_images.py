@@ -1,6 +1,7 @@
 """Data sets: every kind and every way to be wrong, exact augmentation, and loaders that repeat themselves."""
 
 import itertools
+import os
 import pickle
 from pathlib import Path
 
@@ -435,3 +436,66 @@ def test_cifar10_python_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         data = open_data(f"cifar10:{where}")
         assert (data.num_classes, data.images("train"), data.images("test")) == (10, 4, 4)
         assert data.preprocessing == preset("cifar")
+
+
+# -- links, and what is no image ----------------------------------------------------------------
+
+
+def test_a_link_back_into_a_class_folder_counts_no_image_twice(tmp_path: Path) -> None:
+    spec = write_folder(tmp_path)
+    (tmp_path / "val" / "cat" / "deeper").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "val" / "cat" / "deeper" / "a.png")
+    (tmp_path / "val" / "cat" / "a loop").symlink_to(".")
+    (tmp_path / "val" / "cat" / "deeper" / "loop").symlink_to("..")
+    with pytest.warns(UserWarning, match=r"val/cat/a loop leads to .*val/cat, whose images are counted"):
+        data = open_data(spec)
+    assert data.class_counts("test").tolist() == [5, 4, 4]
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed_once(tmp_path: Path) -> None:
+    spec = write_folder(tmp_path / "data")
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "more" / "a.png")
+    (tmp_path / "data" / "val" / "cat" / "more").symlink_to(tmp_path / "more")
+    (tmp_path / "data" / "val" / "dog" / "one.png").symlink_to(tmp_path / "more" / "a.png")
+    assert open_data(spec).class_counts("test").tolist() == [5, 5, 4]
+    (tmp_path / "data" / "val" / "cat" / "again").symlink_to(tmp_path / "more")
+    with pytest.warns(UserWarning, match="whose images are counted already"):
+        assert open_data(spec).class_counts("test").tolist() == [5, 5, 4]
+
+
+def test_a_folder_of_two_classes_is_refused(tmp_path: Path) -> None:
+    spec = write_folder(tmp_path)
+    (tmp_path / "val" / "dog" / "cats").symlink_to(tmp_path / "val" / "cat")
+    with pytest.raises(DataError, match=r"val/cat belongs to two classes, cat and dog, through links"):
+        open_data(spec)
+
+
+def test_pipes_are_no_images_and_links_without_a_target_are_named(tmp_path: Path) -> None:
+    spec = write_folder(tmp_path)
+    os.mkfifo(tmp_path / "val" / "cat" / "pipe.png")
+    (tmp_path / "val" / "cat" / "itself").symlink_to("itself")
+    data = open_data(spec)
+    assert data.class_counts("test").tolist() == [4, 4, 4]
+    (tmp_path / "val" / "dog" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match=r"gone\.png is no readable image"):
+        open_data(spec).loader("test")
+
+
+def test_a_damaged_deflate_stream_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    pixels = (RNG.random((99, 8, 8, 3)) * 8).astype(np.uint8)  # few values, which deflate codes in few bits
+    np.savez_compressed(path, x_test=pixels, y_test=np.arange(99))
+    content = bytearray(path.read_bytes())
+    content[200:260] = b"\xff" * 60
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"d\.npz is no readable \.npz file of plain arrays \(x_test\.npy: Error -3"
+    ):
+        open_data(f"npz:{path}")
+
+
+def test_names_that_are_too_long_are_missing() -> None:
+    for kind in ("npz", "imagefolder", "cifar10"):
+        with pytest.raises(DataError, match="a is missing"):
+            open_data(f"{kind}:{'a' * 300}")

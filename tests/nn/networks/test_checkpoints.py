@@ -170,6 +170,33 @@ def test_other_networks_are_refused_and_nothing_is_loaded(tmp_path: Path) -> Non
     assert weights_hash(target) == before
 
 
+def test_one_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    save_weights(network(), path)
+    content = bytearray(path.read_bytes())
+    at = content.find(network()[4].weight.detach().numpy().tobytes())
+    content[at + 3] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(
+        WeightsError, match=r"w\.pt is damaged or no checkpoint; .*Bad CRC-32 for file .*/data/"
+    ):
+        read_weights(path)
+
+
+def test_sparse_weights_become_dense_and_weights_without_values_are_refused(tmp_path: Path) -> None:
+    state = network().state_dict()
+    torch.save(state | {"4.weight": state["4.weight"].to_sparse()}, tmp_path / "sparse.pt")
+    assert torch.equal(read_weights(tmp_path / "sparse.pt")["4.weight"], state["4.weight"])
+    torch.save(state | {"4.weight": torch.empty(4, 3, device="meta")}, tmp_path / "meta.pt")
+    with pytest.raises(WeightsError, match=r"meta\.pt has '4\.weight' on the meta device"):
+        read_weights(tmp_path / "meta.pt")
+
+
+def test_names_that_are_too_long_are_missing() -> None:
+    with pytest.raises(WeightsError, match="a is missing; a checkpoint file is needed"):
+        read_weights("a" * 300)
+
+
 def test_saving_and_metadata(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "w.pt"
     save_weights(network(), path, {"top1": 0.9, "model": "tiny", "stages": [1, 2]})
