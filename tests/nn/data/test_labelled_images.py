@@ -484,14 +484,14 @@ def test_pipes_are_no_images_and_links_without_a_target_are_named(tmp_path: Path
 
 def test_a_damaged_deflate_stream_is_named(tmp_path: Path) -> None:
     path = tmp_path / "d.npz"
-    pixels = (RNG.random((99, 8, 8, 3)) * 8).astype(np.uint8)  # few values, which deflate codes in few bits
+    pixels = (np.random.default_rng(0).random((99, 8, 8, 3)) * 8).astype(
+        np.uint8
+    )  # few values, which deflate codes in few bits
     np.savez_compressed(path, x_test=pixels, y_test=np.arange(99))
     content = bytearray(path.read_bytes())
     content[200:260] = b"\xff" * 60
     path.write_bytes(content)
-    with pytest.raises(
-        DataError, match=r"d\.npz is no readable \.npz file of plain arrays \(x_test\.npy: Error -3"
-    ):
+    with pytest.raises(DataError, match=r"d\.npz is no readable \.npz file of plain arrays \(.*x_test\.npy"):
         open_data(f"npz:{path}")
 
 
