@@ -19,6 +19,7 @@ from sysmt.errors import ConfigError, DataError, DivergedError, WeightsError
 from sysmt.files import written_whole
 from sysmt.nn.batchnorm.training_statistics import BatchStatistics, batch_statistics, check_statistics
 from sysmt.nn.data.labelled_images import ImageData
+from sysmt.nn.data.sources import CLASSES_FILE
 from sysmt.nn.networks.checkpoints import read_torch_file, refresh_masked
 from sysmt.nn.passes import check_loader, evaluation_mode, input_batch, kept_modes
 from sysmt.progress import Bar, progress_bar
@@ -500,7 +501,15 @@ def _check_labels(logits: Tensor, labels: Tensor, loader: object) -> None:
     classes = logits.shape[1]
     names = getattr(loader, "class_names", None)
     if names is not None and len(names) != classes:
-        raise DataError(f"the images have {len(names)} classes, the network {classes}: labels would not fit")
+        raise DataError(
+            f"the images have {len(names)} classes, the network {classes}: labels would not fit"
+            + (
+                ". Where class folders are only some of the network's, name all of these in their order, one a "
+                f"line, in a file: {CLASSES_FILE} beside the folders, or open_data(..., classes=FILE)"
+                if len(names) < classes
+                else ""
+            )
+        )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DataError(
             f"labels go from {int(labels.min())} to {int(labels.max())}, the network has {classes} classes"

@@ -438,6 +438,71 @@ def test_cifar10_python_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert data.preprocessing == preset("cifar")
 
 
+# -- class folders that are some of the network's ------------------------------------------------
+
+
+def subset(root: Path) -> str:
+    """Only dog and owl have images; by position they would be 0 and 1."""
+    for name, shade in (("dog", 10), ("owl", 20)):
+        (root / "val" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (32, 32), (shade + i,) * 3).save(root / "val" / name / f"{i}.png")
+    return f"imagefolder:{root}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cat\ndog\nemu\nowl\n", "cat house cat\ndog a dog\n\nemu an emu\nowl", "cat\tx\ndog\ty\nemu\tz\nowl\tu"],
+)
+def test_labels_come_from_a_file_of_class_names(text: str, tmp_path: Path) -> None:
+    spec = subset(tmp_path / "data")
+    (tmp_path / "names.txt").write_text(text)
+    for data in (
+        open_data(spec, classes=tmp_path / "names.txt"),
+        open_data(spec, classes=["cat", "dog", "emu", "owl"]),
+    ):
+        assert (data.num_classes, data.class_names) == (4, ("cat", "dog", "emu", "owl"))
+        assert everything(data.loader("test"))[1].tolist() == [1, 1, 1, 3, 3, 3]
+        assert "labels by the 4 class names of" in data.notes[0]
+    (tmp_path / "data" / "classes.txt").write_text(text)
+    assert open_data(spec).class_counts("test").tolist() == [0, 3, 0, 3]
+
+
+def test_labels_come_from_the_training_folders_that_have_more_classes(tmp_path: Path) -> None:
+    spec = subset(tmp_path / "some")
+    full = write_folder(tmp_path / "all")
+    data = open_data(spec, train=full)
+    assert data.class_names == CLASSES
+    assert data.class_counts("test").tolist() == [0, 3, 3]
+    assert data.class_counts("train").tolist() == [4, 4, 4]
+    turned = open_data(full, train=spec)  # fewer classes to train with
+    assert turned.class_counts("train").tolist() == [0, 3, 3]
+    ordered = open_data(spec, train=full, classes=["owl", "dog", "cat"])
+    assert ordered.class_counts("test").tolist() == [3, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (
+            ["cat", "dogs", "owl"],
+            r"has class folders that the classes given lacks: dog \(did you mean 'dogs'\?\)",
+        ),
+        (["dog", "owl", "dog"], "has 'dog' more than once"),
+        ([], "is empty; a name for each class"),
+        ("missing.txt", r"missing\.txt is no readable list of classes"),
+    ],
+)
+def test_lists_of_classes_that_do_not_fit_are_refused(classes: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        open_data(subset(tmp_path), classes=classes)
+
+
+def test_classes_are_for_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="classes are for image folders"):
+        open_data(write_npz(tmp_path / "d.npz"), classes=["a"])
+
+
 # -- links, and what is no image ----------------------------------------------------------------
 
 

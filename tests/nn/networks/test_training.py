@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from places import REPOSITORY
 from torch import nn
 from torch.nn.utils import prune
@@ -54,6 +55,22 @@ def data(tmp_path: Path) -> ImageData:
 
 
 OPTIONS = {"epochs": 4, "lr": 0.05, "batch_size": 16, "progress": False}
+
+
+def test_folders_of_some_classes_are_told_to_name_them_all(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    data = open_data(f"imagefolder:{tmp_path}", preprocessing="small")
+    message = (
+        r"2 classes, the network 3.*classes\.txt beside the folders, or open_data\(\.\.\., classes=FILE\)"
+    )
+    with pytest.raises(DataError, match=message):
+        evaluate(network(), data.loader("test"), progress=False)
+    (tmp_path / "classes.txt").write_text("c\nb\na\n")
+    named = open_data(f"imagefolder:{tmp_path}", preprocessing="small")
+    assert evaluate(network(), named.loader("test"), progress=False).images == 2
+    assert list(named.loader("test"))[0][1].tolist() == [2, 1]
 
 
 # -- evaluation --------------------------------------------------------------------------------
