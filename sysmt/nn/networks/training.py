@@ -504,8 +504,8 @@ def _check_labels(logits: Tensor, labels: Tensor, loader: object) -> None:
         raise DataError(
             f"the images have {len(names)} classes, the network {classes}: labels would not fit"
             + (
-                ". Where class folders are only some of the network's, name all of these in their order, one a "
-                f"line, in a file: {CLASSES_FILE} beside the folders, or open_data(..., classes=FILE)"
+                ". Where class folders are only some of the network's, name all of these in their order, one "
+                f"a line, in a file: {CLASSES_FILE} beside the folders, or open_data(..., classes=FILE)"
                 if len(names) < classes
                 else ""
             )

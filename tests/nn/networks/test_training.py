@@ -70,7 +70,7 @@ def test_folders_of_some_classes_are_told_to_name_them_all(tmp_path: Path) -> No
     (tmp_path / "classes.txt").write_text("c\nb\na\n")
     named = open_data(f"imagefolder:{tmp_path}", preprocessing="small")
     assert evaluate(network(), named.loader("test"), progress=False).images == 2
-    assert list(named.loader("test"))[0][1].tolist() == [2, 1]
+    assert next(iter(named.loader("test")))[1].tolist() == [2, 1]
 
 
 # -- evaluation --------------------------------------------------------------------------------
