@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
@@ -103,6 +104,37 @@ def parse_count(value: object, field: str, minimum: int = 1) -> int:
     if count < minimum:
         raise ConfigError(f"{field}={count} is too small; it must be at least {minimum}")
     return count
+
+
+def parse_number(
+    value: object,
+    field: str,
+    what: str,
+    allowed: Callable[[float], bool] = math.isfinite,
+) -> float:
+    """Turn a real number, numpy's and torch's scalars included, into a float; raise `ConfigError` otherwise.
+
+    Parameters
+    ----------
+    value : object
+        Not a truth value, although Python counts those among the integers, and no text.
+    field : str
+        Its name in messages.
+    what : str
+        What is allowed, for messages: "a number in (0, 1]".
+    allowed : callable
+        Whether a finite number is; NaN and infinities never are.
+    """
+    try:
+        kind = str(getattr(value, "dtype", type(value).__name__))
+        if isinstance(value, str | bytes | bytearray) or "bool" in kind or bool(getattr(value, "ndim", None)):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ConfigError(f"{field}={value!r} has type {type(value).__name__}; {what} is needed") from None
+    if not (math.isfinite(number) and allowed(number)):
+        raise ConfigError(f"{field}={value!r} is not possible; {what} is needed")
+    return number
 
 
 def parse_layer_names(given: object, field: str) -> set[str]:

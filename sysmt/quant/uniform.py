@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+from sysmt.config import parse_number
 from sysmt.errors import ConfigError
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "dequantize",
     "inverse_scale",
     "is_scale",
+    "parse_scale",
     "quantize_activations",
     "quantize_weights",
     "weight_scales",
@@ -30,10 +32,13 @@ __all__ = [
 WEIGHT_LIMIT = 127
 """Quantised weights, and signed activations, lie in [-127, 127]."""
 
-SCALES = "a positive, finite, normal float32 is needed (1.18e-38 to 3.4e38)"
+SCALES = "a positive, finite, normal float32 (1.18e-38 to 3.4e38)"
 """What error messages say of a value that `is_scale` does not take."""
 
 Float32Array = npt.NDArray[np.float32]
+
+_QUIET = np.errstate(over="ignore", under="ignore", divide="ignore")
+"""Rounding to 0 or infinity is part of the arithmetic, whatever numpy is told about it elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +62,9 @@ class ActivationRange:
     signed: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
-                scale = np.float32(self.scale)
-        except (TypeError, ValueError):
-            raise ConfigError(f"activation scale {self.scale!r} is no number") from None
-        if not is_scale(scale):
-            raise ConfigError(f"activation scale {self.scale!r} is no scale: {SCALES}")
-        object.__setattr__(self, "scale", float(scale))
+        object.__setattr__(self, "scale", parse_scale(self.scale, "activation scale"))
+        if type(self.signed).__name__ not in ("bool", "bool_"):  # "false" would count as True
+            raise ConfigError(f"signed={self.signed!r} must be True or False")
         object.__setattr__(self, "signed", bool(self.signed))
 
     @property
@@ -73,10 +73,20 @@ class ActivationRange:
         return WEIGHT_LIMIT if self.signed else 255
 
 
+@_QUIET
+def parse_scale(value: object, field: str) -> float:
+    """Turn a number into a usable float32 scale; raise `ConfigError` otherwise.
+
+    Scales of activations and of weights alike: 0, NaN and infinity quantise nothing, and of a number whose
+    inverse overflows float32 the codes are undefined.
+    """
+    return float(np.float32(parse_number(value, field, SCALES, lambda number: bool(is_scale(number)))))
+
+
+@_QUIET
 def inverse_scale(scale: float | np.float32) -> np.float32:
     """Return float32(1 / scale), the factor that quantisation multiplies with."""
-    with np.errstate(over="ignore", divide="ignore"):
-        return np.float32(1.0 / np.float64(scale))
+    return np.float32(1.0 / np.float64(scale))
 
 
 def is_scale(values: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -100,11 +110,13 @@ def is_scale(values: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     return (scale >= np.finfo(np.float32).tiny) & (scale < np.inf)
 
 
+@_QUIET
 def _usable(scale: Float32Array) -> Float32Array:
     """Replace scales of all-zero (or vanishing) data by 1."""
     return np.where(is_scale(scale), scale, np.float32(1)).astype(np.float32)
 
 
+@_QUIET
 def activation_range(image_maxima: npt.ArrayLike, signed: bool) -> ActivationRange:
     """Turn per-image maxima into a layer's range.
 
@@ -125,6 +137,7 @@ def activation_range(image_maxima: npt.ArrayLike, signed: bool) -> ActivationRan
     return ActivationRange(float(_usable(np.array([mean / limit], np.float32))[0]), signed)
 
 
+@_QUIET
 def quantize_activations(
     x: npt.ArrayLike, range_: ActivationRange
 ) -> npt.NDArray[np.uint8] | npt.NDArray[np.int8]:
@@ -147,6 +160,7 @@ def quantize_activations(
     return codes
 
 
+@_QUIET
 def weight_scales(weight: npt.ArrayLike, per_channel: bool = True) -> Float32Array:
     """Scale of each output channel: max|w| / 127, and 1 for an all-zero channel.
 
@@ -168,6 +182,7 @@ def weight_scales(weight: npt.ArrayLike, per_channel: bool = True) -> Float32Arr
     return _usable((maxima.astype(np.float64) / WEIGHT_LIMIT).astype(np.float32))
 
 
+@_QUIET
 def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray[np.int8]:
     """Quantise weights symmetrically to [-127, 127]; a zero weight stays exactly 0.
 
@@ -188,7 +203,9 @@ def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray
     """
     if not is_scale(scales).all():
         bad = int(np.argmin(is_scale(scales)))
-        raise ConfigError(f"weight scale {scales[bad]:.3g} of output channel {bad} is no scale: {SCALES}")
+        raise ConfigError(
+            f"weight scale {scales[bad]:.3g} of output channel {bad} is no scale: {SCALES} is needed"
+        )
     w = np.asarray(weight, np.float32)
     inverse = (1.0 / scales.astype(np.float64)).astype(np.float32).reshape(-1, *[1] * (w.ndim - 1))
     with np.errstate(over="ignore"):  # clamped below
@@ -199,6 +216,7 @@ def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray
     return codes
 
 
+@_QUIET
 def dequantize(
     accumulators: npt.NDArray[np.int32],
     activation_scale: float,

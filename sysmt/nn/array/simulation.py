@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from sysmt.config import ArrayConfig, parse_count, parse_threads
+from sysmt.config import ArrayConfig, parse_count, parse_number, parse_threads
 from sysmt.cost.energy import EnergyTable
 from sysmt.cost.memory import Memory
 from sysmt.errors import CalibrationError, ConfigError, UnsupportedLayerError, nearest
@@ -419,8 +419,10 @@ class Simulation:
         """
         self._check_attached("calibrate")
         images = parse_count(images, "images")
-        if percentile is not None and not (isinstance(percentile, int | float) and 0 < percentile <= 100):
-            raise ConfigError(f"percentile={percentile!r} is out of range; it must be in (0, 100]")
+        if percentile is not None:
+            percentile = parse_number(
+                percentile, "percentile", "a number in (0, 100]", lambda value: 0 < value <= 100
+            )
         if reorder and iter(loader) is loader:
             raise CalibrationError(
                 "reordering needs a second pass over the calibration data, but the loader is an iterator "
@@ -754,7 +756,7 @@ def _weight_scales(given: np.ndarray | float, layer: ArrayLayer) -> np.ndarray:
         bad = int(np.argmin(is_scale(values)))
         raise ConfigError(
             f"weight scales of layer {layer.name!r}: {values.flat[bad]:.3g} (number {bad}) is no scale: "
-            f"{SCALES}"
+            f"{SCALES} is needed"
         )
     return values
 

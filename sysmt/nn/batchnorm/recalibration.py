@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from enum import StrEnum
-from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -22,8 +23,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
-from sysmt.config import parse_count, parse_name
-from sysmt.errors import CalibrationError, ConfigError, WeightsError, nearest
+from sysmt.config import parse_count, parse_name, parse_number
+from sysmt.errors import CalibrationError, ConfigError
+from sysmt.nn.batchnorm.statistics import (
+    layer_statistics,
+    load_statistics,
+    named_batchnorms,
+    running_buffers,
+    save_statistics,
+    set_statistics,
+)
 from sysmt.nn.passes import image_batches, kept_modes
 from sysmt.progress import progress_bar
 
@@ -92,7 +101,9 @@ class RecalibrationReport:
     images, batches : int
         Images and batches that went through the network.
     layers : tuple of LayerShift
-        One entry per BatchNorm layer, in the network's order of definition.
+        One entry per BatchNorm layer that gathered, in the network's order of definition.
+    skipped : dict of str to str
+        Layers that gather no statistics, whatever the mode, and why.
     """
 
     mode: RecalibrationMode
@@ -100,9 +111,10 @@ class RecalibrationReport:
     images: int
     batches: int
     layers: tuple[LayerShift, ...]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per BatchNorm layer, the columns named as in `LayerShift`."""
+        """Return one row per BatchNorm layer that gathered, the columns named as in `LayerShift`."""
         columns = [field.name for field in dataclasses.fields(LayerShift)]
         return pd.DataFrame([dataclasses.asdict(layer) for layer in self.layers], columns=columns)
 
@@ -135,7 +147,7 @@ class _Pool:
 
     def store(self, layer: _BatchNorm) -> None:
         """Write mean and unbiased variance into the layer's running statistics."""
-        mean, variance = _running(layer)
+        mean, variance = running_buffers(layer)
         mean.copy_(self._mean)
         variance.copy_(self._squares / (self.values - 1))
 
@@ -183,7 +195,7 @@ class _Gatherer:
             pool.store(self.layers[name])
             self.values[name] = pool.values
         for name, layer in self.layers.items():
-            if not all(statistic.isfinite().all() for statistic in _running(layer)):
+            if not all(statistic.isfinite().all() for statistic in running_buffers(layer)):
                 raise CalibrationError(
                     f"BatchNorm layer {name!r} gathered statistics that are not finite: "
                     "the images, or the layers before it, gave NaN or infinity"
@@ -238,8 +250,7 @@ def recalibrate_batchnorm(
     Raises
     ------
     ConfigError
-        On an unknown `mode`, `momentum` or `images` out of range, a network without BatchNorm, or a
-        BatchNorm layer that tracks no statistics.
+        On an unknown `mode`, `momentum` or `images` out of range, or a network without a layer that gathers.
     CalibrationError
         If the loader is empty or gives something other than tensors, if a batch leaves one value
         per channel, or if statistics come out as NaN or infinity.
@@ -250,12 +261,15 @@ def recalibrate_batchnorm(
     """
     mode = parse_name(RecalibrationMode, mode, "mode")
     images = parse_count(images, "images")
-    if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 < momentum <= 1:
-        raise ConfigError(f"momentum={momentum!r} must be a number in (0, 1]: the weight of a new batch")
-    layers = _tracking_layers(model)
+    momentum = parse_number(
+        momentum, "momentum", "a number in (0, 1], the weight of a new batch,", lambda value: 0 < value <= 1
+    )
+    layers, skipped = _gathering_layers(model)
+    for name, reason in skipped.items():
+        warnings.warn(f"BatchNorm layer {name!r} {reason}; it is not recalibrated", stacklevel=2)
     gatherer = _Gatherer(layers, mode)
     used = batches = largest = 0
-    with _only_batchnorm_training(model, layers, float(momentum)) as before, ExitStack() as stack:
+    with _only_batchnorm_training(model, layers, momentum) as before, ExitStack() as stack:
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(gatherer.watch(name), with_kwargs=True)
             stack.callback(handle.remove)
@@ -271,7 +285,7 @@ def recalibrate_batchnorm(
     shifts = tuple(
         _shift(name, layer, before[layer], gatherer.values[name]) for name, layer in layers.items()
     )
-    return RecalibrationReport(mode, float(momentum), used, batches, shifts)
+    return RecalibrationReport(mode, momentum, used, batches, shifts, skipped)
 
 
 @contextmanager
@@ -288,7 +302,7 @@ def _only_batchnorm_training(
         for layer in layers.values()
         if layer.num_batches_tracked is not None
     }
-    statistics = {layer: _statistics(layer) for layer in layers.values()}
+    statistics = {layer: layer_statistics(layer) for layer in layers.values()}
     try:
         with kept_modes(model), torch.no_grad():
             for module in model.modules():
@@ -299,7 +313,7 @@ def _only_batchnorm_training(
             yield statistics
     except BaseException:
         for layer, (mean, variance) in statistics.items():
-            _set_running(layer, mean, variance)
+            set_statistics(layer, mean, variance)
         raise
     finally:
         for layer, value in momenta.items():
@@ -310,7 +324,7 @@ def _only_batchnorm_training(
 
 def _shift(name: str, layer: _BatchNorm, before: tuple[Tensor, Tensor], values: int) -> LayerShift:
     """Compare a layer's statistics with those it had before."""
-    (old_mean, old_variance), (mean, variance) = before, _statistics(layer)
+    (old_mean, old_variance), (mean, variance) = before, layer_statistics(layer)
     old_spread = (old_variance.double() + layer.eps).clamp_min(1e-300)
     spread = (variance.double() + layer.eps).clamp_min(1e-300)
     shift = (mean.double() - old_mean.double()).abs() / old_spread.sqrt()
@@ -326,112 +340,95 @@ def _shift(name: str, layer: _BatchNorm, before: tuple[Tensor, Tensor], values: 
     )
 
 
-# Statistics
+# Which layers gather
 
 
-def save_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the running statistics of every BatchNorm layer that keeps them.
-
-    Returns
-    -------
-    dict of str to Tensor (channels,)
-        ``<layer>.running_mean`` and ``<layer>.running_var``, the keys of `state_dict`. Empty for a
-        network without BatchNorm.
-    """
-    saved: dict[str, Tensor] = {}
-    for name, layer in named_batchnorms(model).items():
-        if layer.running_mean is not None:
-            mean_key, variance_key = _keys(name)
-            saved[mean_key], saved[variance_key] = _statistics(layer)
-    return saved
+_KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+"""Forwards that update the running statistics in training mode as torch's does."""
 
 
-def load_statistics(model: nn.Module, statistics: Mapping[str, Any]) -> None:
-    """Set the running statistics that `save_statistics` returned; all of them or, on an error, none.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A network with the same BatchNorm layers.
-    statistics : mapping of str to tensor or array (channels,)
+def _gathering_layers(model: nn.Module) -> tuple[dict[str, _BatchNorm], dict[str, str]]:
+    """Return the BatchNorm layers whose statistics can be gathered, and why the others' cannot.
 
     Raises
     ------
-    WeightsError
-        If keys are missing or unknown, shapes differ, or values are not finite or a variance negative.
+    ConfigError
+        If there is none.
     """
-    layers = {
-        name: layer for name, layer in named_batchnorms(model).items() if layer.running_mean is not None
-    }
-    needed = {key for name in layers for key in _keys(name)}
-    for key in statistics:
-        if key not in needed:
-            raise WeightsError(f"the network has no statistic {key!r}{nearest(key, needed)}")
-    checked: list[tuple[_BatchNorm, Tensor, Tensor]] = []
-    for name, layer in layers.items():
-        values = []
-        for key in _keys(name):
-            if key not in statistics:
-                raise WeightsError(
-                    f"the statistics lack {key!r}; {len(statistics)} of {len(needed)} keys are there"
-                )
-            value = torch.as_tensor(statistics[key])
-            if value.shape != (layer.num_features,):
-                raise WeightsError(
-                    f"{key!r} has shape {tuple(value.shape)}; the layer has {layer.num_features} channels"
-                )
-            if not value.isfinite().all() or (key.endswith("running_var") and (value < 0).any()):
-                raise WeightsError(f"{key!r} holds values that are not finite, or a negative variance")
-            values.append(value)
-        checked.append((layer, values[0], values[1]))
-    for layer, mean, variance in checked:
-        _set_running(layer, mean, variance)
-
-
-def _keys(name: str) -> tuple[str, str]:
-    """Return the two `state_dict` keys of a layer's running statistics."""
-    prefix = f"{name}." if name else ""
-    return f"{prefix}running_mean", f"{prefix}running_var"
-
-
-def named_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return every BatchNorm layer of a network by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-
-
-def _tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return all BatchNorm layers by name; raise `ConfigError` if there are none, or one cannot gather."""
-    layers = named_batchnorms(model)
-    if not layers:
-        raise ConfigError(
-            f"{type(model).__name__} has no BatchNorm layer: there are no statistics to recalibrate"
+    layers: dict[str, _BatchNorm] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        reason = _why_not(module)
+        if reason:
+            skipped[name] = reason
+        elif isinstance(module, _BatchNorm):
+            layers[name] = module
+    if layers:
+        return layers, skipped
+    kind = type(model).__name__
+    if skipped:
+        reasons = "; ".join(f"{name!r} {reason}" for name, reason in list(skipped.items())[:3])
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        raise ConfigError(f"no BatchNorm layer of {kind} can be recalibrated: layer {reasons}{more}")
+    others = {type(module).__name__ for module in model.modules() if isinstance(module, _NORMALISE_BY_INPUT)}
+    raise ConfigError(
+        f"{kind} has no BatchNorm layer: there are no statistics to recalibrate"
+        + (
+            f". Its {' and '.join(sorted(others))} layers take mean and variance of every input anew, and so "
+            "follow the noise of the array by themselves; leave the recalibration out"
+            if others
+            else ""
         )
-    for name, layer in layers.items():
-        if layer.running_mean is None or layer.running_var is None or not layer.track_running_stats:
-            raise ConfigError(
-                f"BatchNorm layer {name!r} has track_running_stats=False: it keeps nothing to recalibrate"
-            )
-        if isinstance(layer.running_mean, UninitializedBuffer):
-            raise ConfigError(
-                f"BatchNorm layer {name!r} is lazy and not initialised yet: run one batch first"
-            )
-    return layers
+    )
 
 
-def _running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return the buffers themselves."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
+_NORMALISE_BY_INPUT = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return copies of running mean and variance."""
-    mean, variance = _running(layer)
-    return mean.detach().clone(), variance.detach().clone()
+def _why_not(module: nn.Module) -> str | None:
+    """Say why a layer with running statistics, or a BatchNorm without, gathers none."""
+    if not isinstance(module, _BatchNorm):
+        own = {name for name, _ in module.named_buffers(recurse=False)}
+        if own >= {"running_mean", "running_var"}:
+            return f"is a {type(module).__name__}, whose statistics are no BatchNorm's of torch"
+        return None
+    if module.running_mean is None or module.running_var is None or not module.track_running_stats:
+        return "has track_running_stats=False: it keeps nothing to recalibrate"
+    if isinstance(module.running_mean, UninitializedBuffer):
+        return "is lazy and not initialised yet: run one batch first"
+    if not _goes_into_training(module):
+        return "is frozen: its train() leaves it in evaluation mode"
+    if (type(module).forward not in _KNOWN_FORWARDS or "forward" in vars(module)) and not _moves(module):
+        return f"is frozen: the forward pass of {type(module).__name__} leaves its statistics as they are"
+    return None
 
 
-def _set_running(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    with torch.no_grad():
-        for buffer, value in zip(_running(layer), (mean, variance), strict=True):
-            buffer.copy_(value)
+def _goes_into_training(layer: _BatchNorm) -> bool:
+    """Whether a layer's own `train` puts it into training mode."""
+    if "train" not in vars(layer) and type(layer).train is nn.Module.train:
+        return True
+    needs = [(value, value.requires_grad) for value in layer.parameters()]
+    with kept_modes(layer):
+        layer.train(True)
+        trains = layer.training
+    for value, needed in needs:  # a `train` that freezes may switch gradients off as well
+        value.requires_grad_(needed)
+    return trains
+
+
+def _moves(layer: _BatchNorm) -> bool:
+    """Whether a copy of a layer, in training mode, moves its statistics when it sees a small batch."""
+    copy = deepcopy(layer)
+    copy._forward_hooks.clear()
+    copy._forward_pre_hooks.clear()
+    copy.training, copy.momentum = True, 0.5
+    mean, variance = running_buffers(copy)
+    kind = next((value.dtype for value in copy.parameters()), mean.dtype)
+    for axes in ((), (2,), (2, 2), (1, 2, 2)):
+        shape = (4, copy.num_features, *axes)
+        x = torch.arange(math.prod(shape), device=mean.device).view(shape).to(kind)
+        before = mean.clone(), variance.clone()
+        with torch.no_grad(), suppress(Exception):  # whatever the layer raises for another rank
+            copy(x)
+            return not (torch.equal(before[0], mean) and torch.equal(before[1], variance))
+    return False

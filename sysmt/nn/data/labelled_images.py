@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -227,6 +227,7 @@ def open_data(
     train: str | None = None,
     preprocessing: str | Preprocessing | None = None,
     image_size: int | None = None,
+    classes: str | Path | Sequence[str] | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
     cache_dir: str | Path | None = None,
@@ -248,6 +249,10 @@ def open_data(
         your own. ``"auto"`` goes by the size of the images and leaves a note.
     image_size : int, optional
         Scale the images to this input size.
+    classes : str, Path or sequence of str, optional
+        The network's classes in the order of its logits: names of class folders, or a file with one a line
+        (behind the first word a line may explain it). Needed where only some of the classes have a folder. By
+        default a file ``classes.txt`` in DIR, then the training folders, then the folders themselves.
     skip_bad_images : bool
         Leave unreadable files out, with a warning, instead of raising.
     seed : int
@@ -266,12 +271,14 @@ def open_data(
     ConfigError
         If the preprocessing is unknown.
     """
-    raw = read_data(spec)
+    raw = read_data(spec, classes)
     name = _short_name(spec)
     if train is not None:
-        raw = _with_training(raw, read_data(train), spec, train)
+        folders = train.partition(":")[0] in ("imagefolder", "cifar10")
+        raw = _with_training(raw, read_data(train, classes if folders else None), spec, train)
         name = f"{name}, train {_short_name(train)}"
     chosen, notes = _choose_preprocessing(raw, preprocessing, image_size, skip_bad_images)
+    notes = raw.notes + notes
     for note in notes:
         _log.info("%s: %s", name, note)
     sources: dict[str, ImageSource] = {
@@ -294,9 +301,13 @@ def _short_name(spec: str) -> str:
 
 
 def _with_training(raw: RawData, other: RawData, spec: str, train: str) -> RawData:
-    """Take the training images of a second data set, which must have the same classes."""
-    if None not in (raw.class_names, other.class_names) and raw.class_names != other.class_names:
-        raise DataError(f"{spec!r} and {train!r} have different classes; labels would not mean the same")
+    """Take the training images of a second data set; labels follow the one that has more classes."""
+    own, others = raw.class_names, other.class_names
+    if own is not None and others is not None and own != others:
+        names = max(own, others, key=len)
+        if not set(own) | set(others) == set(names):
+            raise DataError(f"{spec!r} and {train!r} have different classes; labels would not mean the same")
+        raw, other = raw.relabel(names), other.relabel(names)
     split = "train" if "train" in other.arrays or "train" in other.files else "test"
     arrays = {key: value for key, value in raw.arrays.items() if key == "test"}
     files = {key: value for key, value in raw.files.items() if key == "test"}
@@ -304,7 +315,7 @@ def _with_training(raw: RawData, other: RawData, spec: str, train: str) -> RawDa
         arrays["train"] = other.arrays[split]
     else:
         files["train"] = other.files[split]
-    return RawData(arrays, files, raw.class_names or other.class_names, raw.preset)
+    return RawData(arrays, files, raw.class_names or other.class_names, raw.preset, raw.notes)
 
 
 def _choose_preprocessing(

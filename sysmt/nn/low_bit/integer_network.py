@@ -35,7 +35,7 @@ from sysmt.nn.low_bit.integer_layers import (
     requantize,
     scale_and_shift,
 )
-from sysmt.nn.passes import evaluation_mode, image_batches
+from sysmt.nn.passes import check_loader, evaluation_mode, image_batches, input_batch
 from sysmt.quant.error import sqnr_db_from_energies
 from sysmt.quant.fixedpoint import QFormat, align_bias
 
@@ -464,13 +464,14 @@ class QNetwork:
         """
         if not self._statistics and any(isinstance(layer, _QBatchNorm) for layer in self.layers.values()):
             raise CalibrationError("the network is not calibrated; call calibrate() first")
+        check_loader(loader, CalibrationError)
         self.reset()
         now = save_statistics(self.model)
         self.isolated = isolated
         try:
             with evaluation_mode(self.model):
                 for item in loader:
-                    batch = item[0] if isinstance(item, list | tuple) else item
+                    batch = input_batch(item, CalibrationError)
                     self.mode = "record"
                     load_statistics(self.model, self._statistics)
                     self.model(batch)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import urllib.error
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from sysmt.errors import ConfigError, OutputError, WeightsError, nearest
-from sysmt.files import written_whole
+from sysmt.files import check_archive, written_whole
 
 __all__ = [
     "load_state",
@@ -49,11 +52,13 @@ def read_torch_file(path: str | Path) -> Any:
         If the file is missing, damaged, or holds other Python objects (which could run code).
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's own, this takes names of any length
         raise WeightsError(
-            f"{path} is {'a directory' if path.is_dir() else 'missing'}; a checkpoint file is needed"
+            f"{path} is {'a directory' if os.path.isdir(path) else 'missing'}; a checkpoint file is needed"
         )
     try:
+        if zipfile.is_zipfile(path):  # torch's older format has no checksums
+            check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -105,6 +110,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     state = {str(key): value for key, value in content.items()}
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
+    for key, value in state.items():
+        if value.is_meta:
+            raise WeightsError(f"{path} has {key!r} on the meta device: it was saved without values")
+        if value.layout is not torch.strided:
+            state[key] = value.to_dense()
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     state = _apply_masks(state)
     for key, value in state.items():
@@ -228,29 +238,47 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def weights_hash(model: nn.Module, part: Literal["parameters", "buffers"] = "parameters") -> str:
-    """Hash names, dtypes, shapes and bytes of a network's parameters, or of its buffers.
+    """Hash names, dtypes, shapes and bytes of a network's weights, or of its BatchNorm statistics.
 
-    A calibration belongs to the parameters: recalibrated BatchNorm statistics are buffers and leave
-    that hash as it is. Masks of `torch.nn.utils.prune` count as part of the weights.
+    A calibration belongs to the weights: recalibrated BatchNorm statistics leave that hash as it is. All
+    else in the `state_dict` counts as weights, whatever it is called: parameters that a weight is computed
+    from, and buffers that are no statistics. Masks of `torch.nn.utils.prune` are multiplied in.
 
     Parameters
     ----------
     model : nn.Module
     part : {"parameters", "buffers"}
+        Weights, or statistics.
 
     Returns
     -------
     str
         SHA-256, 64 hexadecimal digits.
+
+    Raises
+    ------
+    WeightsError
+        If values are on the meta device: there is nothing to hash.
     """
     if part not in ("parameters", "buffers"):
         raise ConfigError(f"part={part!r} is unknown; allowed: parameters, buffers")
-    state = _apply_masks(model.state_dict())
-    parameters = {name.removesuffix("_orig") for name, _ in model.named_parameters(remove_duplicate=False)}
+    statistics = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _NormBase)
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    state = model.state_dict()
+    plain = _apply_masks({name: value for name, value in state.items() if isinstance(value, Tensor)})
     digest = hashlib.sha256()
-    for name in sorted(state):
-        if (name in parameters) == (part == "parameters"):
-            value = state[name].detach().cpu().contiguous()
+    for name in sorted(plain):
+        if (name in statistics) == (part == "buffers"):
+            value = plain[name].detach()
+            if value.is_meta:
+                raise WeightsError(
+                    f"{name} of {type(model).__name__} is on the meta device: it has no values"
+                )
+            value = (value.to_dense() if value.layout is not torch.strided else value).cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
