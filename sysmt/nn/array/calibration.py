@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sysmt.errors import CalibrationError
 from sysmt.nn.array.lowering import LayerGeometry
 from sysmt.nn.passes import evaluation_mode
-from sysmt.quant.uniform import ActivationRange, activation_range
+from sysmt.quant.uniform import ActivationRange, activation_range, inverse_scale
 
 __all__ = ["RangeObserver", "WideObserver", "run_observed"]
 
@@ -96,7 +96,7 @@ class WideObserver:
         if range_ is None or not images.numel():
             return
         g = geometry
-        codes = torch.round(g.pad_float(images) * float(np.float32(1.0 / range_.scale)))
+        codes = torch.round(g.pad_float(images) * float(inverse_scale(range_.scale)))
         wide = (codes < -8) | (codes > 7) if range_.signed else codes > 15
         (top, bottom), (left, right) = g.padding
         wide = F.pad(wide, (left, right, top, bottom))

@@ -1087,3 +1087,33 @@ def test_a_forward_that_is_interrupted_leaves_nothing_half_done(monkeypatch):
         with torch.no_grad():
             conv.weight.div_(4)
         assert torch.equal(conv(x), expected)
+
+
+def test_calibration_is_the_same_however_numpy_treats_errors():
+    net = small_net()
+    tiny = images() * torch.tensor([1.0, 1e-30, 1e-44, 0.0]).reshape(4, 1, 1, 1)
+    results = []
+    for how in ("warn", "raise"):
+        with np.errstate(all=how), sysmt.attach(net, sysmt.ArrayConfig(threads=4)) as sim:
+            sim.calibrate([tiny], images=4, reorder=True)
+            results.append((net(tiny), sim.ranges(), sim.report()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert results[0][2].equals(results[1][2])
+
+
+@pytest.mark.parametrize("percentile", [True, "99", 0, -1.0, 100.5, float("nan"), [99]])
+def test_percentiles_that_are_none(percentile):
+    with sysmt.attach(small_net()) as sim, pytest.raises(sysmt.ConfigError, match="percentile="):
+        sim.calibrate([images()], images=4, percentile=percentile)
+
+
+@pytest.mark.parametrize("percentile", [np.float32(99), np.int64(99), 99, 99.0])
+def test_numbers_of_every_kind_are_percentiles(percentile):
+    net = small_net()
+    with sysmt.attach(net) as sim:
+        sim.calibrate([images()], images=4, percentile=percentile)
+        assert sim.ranges() != {}
+        given = sim.ranges()
+        sim.calibrate([images()], images=4, percentile=99.0)
+        assert sim.ranges() == given
