@@ -23,7 +23,8 @@ import pandas as pd
 import tomli_w
 
 from sysmt.errors import OutputError
-from sysmt.study.run_directory import RunDirectory, provenance, read_csv, read_toml
+from sysmt.files import read_csv, read_toml
+from sysmt.study.run_directory import RunDirectory, provenance
 
 __all__ = ["Ledger"]
 

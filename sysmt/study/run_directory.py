@@ -8,12 +8,10 @@ import errno
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 import shlex
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,7 +21,7 @@ import pandas as pd
 import tomli_w
 
 import sysmt
-from sysmt.errors import ConfigError, OutputError
+from sysmt.errors import OutputError
 from sysmt.files import written_whole
 
 __all__ = [
@@ -32,8 +30,6 @@ __all__ = [
     "check_writable",
     "processor_name",
     "provenance",
-    "read_csv",
-    "read_toml",
 ]
 
 DEFAULT_PARENT = Path("results")
@@ -199,40 +195,3 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises
-    ------
-    ConfigError
-        If it is missing, unreadable or no TOML.
-    """
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no TOML: {error}") from error
-
-
-def read_csv(path: str | Path, needed: Iterable[str] = ()) -> pd.DataFrame:
-    """Read a table that `RunDirectory.write_csv` wrote; empty text stays empty text.
-
-    Raises
-    ------
-    ConfigError
-        If it is missing or unreadable, or lacks one of the columns `needed`.
-    """
-    if not os.path.isfile(path):
-        raise ConfigError(f"{path} is missing; a directory that `sysmt run` wrote is needed")
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is no table: {error}") from error
-    lacking = [column for column in needed if column not in table.columns]
-    if lacking:
-        raise ConfigError(f"{path} lacks the column {lacking[0]!r}; it has {', '.join(table.columns)}")
-    text = table.select_dtypes(exclude="number").columns
-    return table.fillna(dict.fromkeys(text, ""))

@@ -17,10 +17,11 @@ from typing import Any
 import pandas as pd
 
 from sysmt.errors import ConfigError, OutputError
+from sysmt.files import read_toml
 from sysmt.progress import progress_bar
 from sysmt.study.pareto import Reference, hypervolume_curve
 from sysmt.study.run_config import RunConfig
-from sysmt.study.run_directory import RunDirectory, provenance, read_toml
+from sysmt.study.run_directory import RunDirectory, provenance
 from sysmt.study.search import BASELINES, SEARCH, SearchConfig, front_table, run_baselines, run_search
 from sysmt.study.store import LAYER, Point, Store
 from sysmt.study.sweep import Bench, Sweep, usable_cpus

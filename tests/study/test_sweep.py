@@ -74,6 +74,8 @@ def test_maps_from_files(tmp_path):
     ]
     (tmp_path / "export.csv").write_text("point,top1,threads of a,threads of b,threads of c\nx,0.5,1,1,2\n")
     assert read_points(tmp_path / "export.csv", LAYERS) == [{"a": 1, "b": 1, "c": 2}]
+    (tmp_path / "sheet.csv").write_text("a,b,c\r\n1.0, 2,4\r\n,,\r\n")
+    assert read_points(tmp_path / "sheet.csv", LAYERS) == [{"a": 1, "b": 2, "c": 4}]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,10 @@ def test_maps_from_files(tmp_path):
         ("x.csv", "a,b,c\n1,2,3\n", "threads of layer 'c'"),
         ("x.csv", "a,b,c\n1,2,\n", "threads of layer 'c'"),
         ("x.csv", "a,b,c\n", "no points"),
+        ("x.csv", "a,b,c\n4,4,4,2,1\n", "line 2, column 7: .* '2' belongs to none"),
+        ("x.csv", "a,b,c\n4,4,4\n4,4\n", "line 3, column 3: .* cells are missing"),
+        ("x.csv", "a,b,c\n4,4,nan\n", "line 2, column 5: threads of layer 'c'='nan'"),
+        ("x.csv", "a,b,c\n4,1.5,1\n", "line 2, column 3: threads of layer 'b'='1.5'"),
         ("x.toml", "points = 3", "must be tables"),
         ("x.toml", "a = ", "no TOML"),
         ("missing.csv", None, "missing.csv"),
