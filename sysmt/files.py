@@ -5,20 +5,35 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import io
 import os
+import socket
 import tempfile
+import time
 import tomllib
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sysmt.errors import ConfigError, OutputError
+from sysmt.errors import ConfigError, InUseError, OutputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Cell", "Table", "cache_directory", "read_csv", "read_table", "read_toml", "written_whole"]
+__all__ = [
+    "Cell",
+    "DirectoryLock",
+    "Table",
+    "cache_directory",
+    "is_left_over",
+    "read_csv",
+    "read_table",
+    "read_toml",
+    "remove_left_overs",
+    "written_whole",
+]
 
 
 def cache_directory() -> Path:
@@ -69,6 +84,83 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+# -- directories -------------------------------------------------------------------------------
+
+_LOCK = ".sysmt-lock"
+
+_LEFT_OVER_S = 60.0
+"""A temporary file that nobody has written to for so long was left by a process that was killed."""
+
+
+class DirectoryLock:
+    """Keeps a directory for one process at a time, until `release` or the process's end, kill -9 included.
+
+    The lock is the system's (``flock``); a hidden file in the directory carries it, and the name of the
+    process that has it. On file systems without locks, everybody gets one.
+
+    Parameters
+    ----------
+    directory : Path
+        It must exist.
+
+    Raises
+    ------
+    InUseError
+        If another process has it.
+    OSError
+        If the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / _LOCK
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(handle, 500).decode(errors="replace").strip() or "just started"
+                os.close(handle)
+                raise InUseError(
+                    f"{directory} is being written by another process ({holder}); wait for its end, or name "
+                    "another directory"
+                ) from None
+            except OSError:
+                pass
+            # Whoever had the lock before may have removed the file between our two calls.
+            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
+            os.close(handle)
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
+        except OSError:  # a full disk, which the caller will notice
+            pass
+        self._release = weakref.finalize(self, _unlock, handle, path, os.getpid())
+
+    def release(self) -> None:
+        """Let go of the directory; it can be called twice."""
+        self._release()
+
+
+def _unlock(handle: int, path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has the handle as well, but not the lock's care
+        path.unlink(missing_ok=True)
+    os.close(handle)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a file is one of our own helpers: a lock, or what `written_whole` hands out."""
+    return path.name == _LOCK or (path.name.startswith(".") and ".partial" in path.suffixes)
+
+
+def remove_left_overs(directory: Path) -> None:
+    """Remove what killed processes left of files that were to be written whole."""
+    for path in directory.glob(".*.partial*"):
+        with contextlib.suppress(OSError):
+            if is_left_over(path) and time.time() - path.stat().st_mtime > _LEFT_OVER_S:
+                path.unlink()
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -169,8 +261,8 @@ def read_table(path: str | Path) -> Table:
                 odd = found[len(columns)] if len(found) > len(columns) else found[-1]
                 fault = f"{odd.text!r} belongs to none" if len(found) > len(columns) else "cells are missing"
                 raise ConfigError(
-                    f"{odd.place}: the row has {len(found)} cells, but the header names {len(columns)} columns; "
-                    f"{fault}"
+                    f"{odd.place}: the row has {len(found)} cells, but the header names {len(columns)} "
+                    f"columns; {fault}"
                 )
             rows.append(dict(zip(columns, found, strict=True)))
     except csv.Error as error:

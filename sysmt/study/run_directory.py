@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import tomli_w
 
 import sysmt
 from sysmt.errors import OutputError
-from sysmt.files import written_whole
+from sysmt.files import DirectoryLock, is_left_over, remove_left_overs, written_whole
 
 __all__ = [
     "DEFAULT_PARENT",
@@ -37,7 +37,7 @@ DEFAULT_PARENT = Path("results")
 
 
 class RunDirectory:
-    """Where one run keeps its results.
+    """Where one run keeps its results; no other process can write there until `close`.
 
     Parameters
     ----------
@@ -50,13 +50,21 @@ class RunDirectory:
         old and new results never stand side by side.
     stale : iterable of str
         Patterns of the files that such a run writes, such as ``"*.png"``.
+    shared : bool
+        Write beside the process that has the directory; nothing in it is removed.
+    resumes : callable, optional
+        Looks at the directory and says whether this run goes on with what is there; then its files stay.
 
     Attributes
     ----------
     path : Path
+    resumed : bool
+        What `resumes` said.
 
     Raises
     ------
+    InUseError
+        If another process is writing there.
     OutputError
         If the directory cannot be made or written, or has files and `overwrite` is False.
     """
@@ -68,27 +76,41 @@ class RunDirectory:
         name: str = "run",
         overwrite: bool = False,
         stale: Iterable[str] = (),
+        shared: bool = False,
+        resumes: Callable[[Path], bool] | None = None,
     ) -> None:
         self._made: list[Path] = []
+        self._lock: DirectoryLock | None = None
+        self.resumed = False
         try:
-            self.path = self._next_free(name) if path is None else self._claim(Path(path), overwrite)
+            self.path = self._next_free(name) if path is None else self._existing(Path(path))
+            if shared:
+                self.resumed = True
+                return
+            self._lock = DirectoryLock(self.path)
+            self.resumed = resumes is not None and resumes(self.path)
+            if not (overwrite or self.resumed) and not all(map(is_left_over, self.path.iterdir())):
+                raise OutputError(f"{path} is not empty; name another directory or allow --overwrite")
             with tempfile.TemporaryFile(dir=self.path) as probe:
                 probe.write(b"writable")
-            for pattern in stale:
+            remove_left_overs(self.path)
+            for pattern in () if self.resumed else stale:
                 for old in self.path.glob(pattern):
                     old.unlink()
-        except OutputError:
-            raise
         except OSError as error:
+            self.close()
+            if isinstance(error, OutputError):
+                raise
             where = path if path is not None else DEFAULT_PARENT
             raise OutputError(f"{where} cannot be written: {error.strerror or error}") from error
+        except BaseException:
+            self.close()
+            raise
 
-    def _claim(self, path: Path, overwrite: bool) -> Path:
+    def _existing(self, path: Path) -> Path:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; results need a directory of their own")
         self._make(path)
-        if not overwrite and any(path.iterdir()):
-            raise OutputError(f"{path} is not empty; name another directory or allow --overwrite")
         return path
 
     def _next_free(self, name: str) -> Path:
@@ -109,8 +131,20 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         self._made += reversed(missing)
 
+    def close(self) -> None:
+        """Let other processes write here; it can be called twice."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove_if_empty()
+
     def remove_if_empty(self) -> None:
-        """Take back the directories made for a run that failed before it had results."""
+        """Close, and take back the directories made for a run that failed before it had results."""
+        self.close()
         for made in reversed(self._made):
             try:
                 made.rmdir()

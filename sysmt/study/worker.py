@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sysmt.config import THREAD_COUNTS, Policy
 from sysmt.study.run_config import RECALIBRATION_MODES
+from sysmt.study.storage import quiet
 from sysmt.study.store import (
     COPY,
     ERROR,
@@ -36,7 +37,6 @@ from sysmt.study.store import (
     given_up,
     key_of,
     plain,
-    quiet,
 )
 
 __all__ = ["Measure", "Worker"]
@@ -94,7 +94,7 @@ class Worker:
                     idle += 1
                     time.sleep(min(1.0, 0.1 * idle))  # should those at work die, their points come here
                     continue
-                idle, copies = 0, copies + 1
+                idle, copies = 0, copies + (POINT not in trial.user_attrs)
                 result = self._evaluate(trial, may_sample)
                 if result is not None:
                     done, copies = done + 1, 0
@@ -142,6 +142,9 @@ class Worker:
                         trial.set_user_attr(COPY, twin.number)
                         self._tell(trial, TrialState.COMPLETE, twin.values)
                         return None
+                    if self._is_elsewhere(trial, point):
+                        self._tell(trial, TrialState.PRUNED)
+                        return None
                 start = time.monotonic()
                 try:
                     measured = {key: plain(value) for key, value in self.measure(point).items()}
@@ -158,6 +161,13 @@ class Worker:
                         trial.set_user_attr(INTERRUPTED, True)
                     self._tell(trial, TrialState.FAIL)
                 raise
+
+    def _is_elsewhere(self, trial: Trial, point: Point) -> bool:
+        """Whether another worker evaluates the same point, which two commands may have asked for at once."""
+        return any(
+            other.state == TrialState.RUNNING and other.number < trial.number and key_of(other) == point.key
+            for other in self.store.trials()
+        )
 
     def _point_of(self, trial: Trial) -> Point:
         """Read a trial's point, from the queue or from the sampler."""
@@ -231,9 +241,7 @@ class Worker:
                 if ERROR in trial.user_attrs:
                     continue  # its own error, which was raised where it happened
                 alive.add(key)
-                params = trial.system_attrs.get("fixed_params", trial.params)
-                kept = {k: v for k, v in trial.user_attrs.items() if k in (POINT, SAMPLED)}
-                self.store.study.enqueue_trial(params, user_attrs=kept)
+                self.store.requeue(trial)
 
     def _lacks(self, plan: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> bool:
         """Whether a search has fewer points than planned, those in progress counted."""
@@ -255,8 +263,10 @@ class Worker:
         """Return the sampler if the next trial is the plan's; others are no parents, and have none."""
         if plan is None or (waiting and key_of(waiting[0]) not in self.store.methods(trials)[plan["method"]]):
             return None
-        # Workers must not draw the same children, nor one worker the same ones again after a restart.
-        draw = hashlib.sha256(f"{self.seed} {len(trials)}".encode()).digest()
+        # Workers must not draw the same children, nor one worker the same ones again; but a search that was
+        # killed draws what it would have drawn, so trials that failed do not count.
+        number = sum(trial.state != TrialState.FAIL for trial in trials)
+        draw = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
         return NSGAIISampler(population_size=plan["population"], seed=int.from_bytes(draw[:4], "big"))
 
     def _id(self, trial: Trial) -> int:

@@ -68,6 +68,7 @@ def test_files_are_whole_or_absent(tmp_path):
     for name in ("kept.json", "new.json"):
         with pytest.raises(ZeroDivisionError):
             fail_half_way(name)
+    directory.close()
     assert [path.name for path in directory.path.iterdir()] == ["kept.json"]
     assert '"old": 1' in (directory.path / "kept.json").read_text()
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from sysmt.errors import ConfigError, OutputError
-from sysmt.study.store import Point, Store, storage_url
+from sysmt.study.storage import storage_url
+from sysmt.study.store import Point, Store
 from sysmt.study.worker import Worker
 
 LAYERS = ["a", "b", "c"]
@@ -240,9 +241,20 @@ def test_a_point_that_kills_its_workers_is_given_up_and_counted(tmp_path):
         Worker(store, measure).reclaim()
     assert store.counts()["failed"] == 1
     assert Worker(store, measure).work() == 0
-    assert store.enqueue(points(1)) == 1  # a new run tries again
-    assert Worker(store, measure).work() == 1
-    assert store.counts()["failed"] == 0
+    (left,) = store.left_out().to_dict("records")
+    assert (left["point"], left["reason"]) == (points(1)[0].key, "it ended 3 workers")
+    assert {name: left[f"threads of {name}"] for name in LAYERS} == points(1)[0].threads
+    assert store.enqueue(points(2)) == 1  # a new run leaves it alone, unless it is told to retry
+    assert store.retry_given_up() == 1
+    assert store.retry_given_up() == 0
+    store.study.tell(store.study.ask(), state=_failed())  # the other point, for once
+    for _ in range(2):
+        store.study.tell(store.study.ask(), state=_failed())
+        Worker(store, measure).reclaim()
+    assert store.counts()["failed"] == 0  # it has three attempts again
+    assert Worker(store, measure).work() == 2
+    assert store.counts() == {"complete": 2, "waiting": 0, "running": 0, "failed": 0}
+    assert store.left_out().empty
 
 
 def _failed():

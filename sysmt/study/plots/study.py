@@ -250,6 +250,7 @@ def draw_study(directory: str | Path, title: str = "") -> list[Path]:
     directory = Path(directory)
     numbers = ("speedup", "top1", "sparsity", "collision_rate")
     points = read_csv(directory / "points.csv", numbers, numbers)
+    points = points[points["top1"].notna()]  # without those that were given up
     if not len(points):
         raise ConfigError(f"{directory / 'points.csv'} has no points; there is nothing to plot")
     drawn = [directory / "accuracy_speedup.png"]
@@ -266,7 +267,7 @@ def draw_study(directory: str | Path, title: str = "") -> list[Path]:
         plot_sensitivities(table, drawn[-1], title)
     if (directory / "hypervolume.csv").is_file():
         drawn.append(directory / "hypervolume.png")
-        numbers = ("seed", "evaluations", "hypervolume")
-        curves = read_csv(directory / "hypervolume.csv", ("method", *numbers), numbers)
+        columns = ("seed", "evaluations", "hypervolume")
+        curves = read_csv(directory / "hypervolume.csv", ("method", *columns), columns)
         plot_hypervolume(curves, drawn[-1], title)
     return drawn
