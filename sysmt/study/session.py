@@ -189,8 +189,8 @@ class Session:
         """
         threads = self.config.cpu_threads or max(1, usable_cpus() // (count + 1))
         # -P: nothing in the current directory is imported, whatever its name.
-        command = [sys.executable, "-P", "-m", "sysmt", "sweep", "--helper", "--join", self.store.shown_url]
-        command += ["--study", self.store.name, f"--cpu-threads={threads}"]
+        command = [sys.executable, "-P", "-m", "sysmt", "sweep", "--join", self.store.shown_url]
+        command += ["--study", self.store.name, f"--cpu-threads={threads}", "--helper"]
         helpers: list[subprocess.Popen[bytes]] = []
         logs = [self.directory.path / f"worker-{number}.log" for number in range(1, count + 1)]
         with contextlib.ExitStack() as stack:
@@ -272,7 +272,7 @@ class Session:
 
     @contextlib.contextmanager
     def _files(self) -> Iterator[None]:
-        """Write the points measured so far, and without measurements those left out, whatever ends the work."""
+        """Write the points measured so far, and those left out beside them, whatever ends the work."""
         try:
             yield
         finally:

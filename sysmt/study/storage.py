@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
+import os
 import random
 import re
 import time
@@ -18,7 +20,7 @@ import sqlalchemy.exc
 
 from sysmt.errors import ConfigError, OutputError, SysmtError
 
-__all__ = ["open_storage", "quiet", "storage_errors", "storage_url", "without_password"]
+__all__ = ["one_at_a_time", "open_storage", "quiet", "storage_errors", "storage_url", "without_password"]
 
 OPEN_ATTEMPTS = 20
 """So often a storage is opened whose tables several processes are making at once."""
@@ -77,25 +79,28 @@ def open_storage(url: str, heartbeat_s: int, grace_s: int, make: bool) -> optuna
             raise ConfigError(f"{path} is missing; the storage of a study is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
         options["connect_args"] = {"timeout": 60}  # workers take turns at the file
-        sqlalchemy.event.listen(sqlalchemy.pool.Pool, "connect", _tune_sqlite)
+        sqlalchemy.event.listen(sqlalchemy.pool.Pool, "connect", _write_ahead)
     try:
         if not make:
             _refuse_other_databases(url)
         for attempt in itertools.count(1):
             try:
-                return optuna.storages.RDBStorage(
+                storage = optuna.storages.RDBStorage(
                     url, engine_kwargs=dict(options), heartbeat_interval=heartbeat_s, grace_period=grace_s
                 )
+                break
             except sqlalchemy.exc.DBAPIError as error:
                 if attempt == OPEN_ATTEMPTS or not _is_race(error):
                     raise
                 time.sleep(random.uniform(0.05, 0.3))
             except RuntimeError as error:  # Optuna's, for tables of another of its versions
                 raise OutputError(f"the storage {without_password(url)} cannot be used: {error}") from error
-        raise AssertionError("numbers do not end")
     finally:
         if options:
-            sqlalchemy.event.remove(sqlalchemy.pool.Pool, "connect", _tune_sqlite)
+            sqlalchemy.event.remove(sqlalchemy.pool.Pool, "connect", _write_ahead)
+    if options:
+        sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
+    return storage
 
 
 def _refuse_other_databases(url: str) -> None:
@@ -114,10 +119,29 @@ def _is_race(error: sqlalchemy.exc.DBAPIError) -> bool:
     return isinstance(error, sqlalchemy.exc.IntegrityError) or any(word in str(error) for word in known)
 
 
-def _tune_sqlite(connection: Any, _record: Any) -> None:
+def _write_ahead(connection: Any, _record: Any) -> None:
     """Write ahead, and wait for the disk now and then only: kill -9 still loses nothing that was written."""
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+@contextlib.contextmanager
+def one_at_a_time(url: str) -> Iterator[None]:
+    """Let one process at a time read and then write, where the database cannot: SQLite locks no single rows.
+
+    The lock is on the directory, for SQLite has locks of its own on the file.
+    """
+    parsed = sqlalchemy.engine.make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        yield
+        return
+    handle = os.open(Path(str(parsed.database)).parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

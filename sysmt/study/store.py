@@ -25,7 +25,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sysmt.config import Policy
 from sysmt.errors import ConfigError
-from sysmt.study.storage import open_storage, quiet, storage_errors, storage_url, without_password
+from sysmt.study.storage import (
+    one_at_a_time,
+    open_storage,
+    quiet,
+    storage_errors,
+    storage_url,
+    without_password,
+)
 
 __all__ = ["NOT_RECALIBRATED", "Point", "Store"]
 
@@ -366,6 +373,10 @@ class Store:
                 raise ConfigError(
                     f"a point must set the threads of every simulated layer; look at {min(odd)!r}"
                 )
+        with one_at_a_time(self.url):
+            return self._enqueue(points, method, even_finished)
+
+    def _enqueue(self, points: list[Point], method: str, even_finished: bool) -> int:
         trials = self.trials()
         known = {key_of(trial) for trial in trials if trial.state in PENDING}
         known |= given_up(trials) if even_finished else {*evaluated(trials), *given_up(trials)}

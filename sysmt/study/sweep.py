@@ -217,27 +217,26 @@ def read_points(path: str | Path, layers: Sequence[str]) -> list[dict[str, int]]
         If the file cannot be read, has a row longer or shorter than its header, names a layer that is
         not simulated, leaves one out, or has a count other than 1, 2 or 4.
     """
-    path = Path(path)
+    maps = [
+        _complete(row, layers, f"{path}, point {number}")
+        for number, row in enumerate(_read_rows(Path(path)), 1)
+    ]
+    if not maps:
+        raise ConfigError(f"{path} has no points")
+    return maps
+
+
+def _read_rows(path: Path) -> list[Mapping[str, Any]]:
+    """Read threads by layer as the file has them, whatever the layers are."""
     if path.suffix == ".toml":
         points = read_toml(path).get("points", [])
         if not isinstance(points, list) or not all(isinstance(row, Mapping) for row in points):
             raise ConfigError(f"{path}: points must be tables, [[points]]")
-        maps = [_complete(row, layers, f"{path}, point {number}") for number, row in enumerate(points, 1)]
-    else:
-        table = read_table(path)
-        exported = [name for name in table.columns if name.startswith(LAYER)]
-        names = {name: name.removeprefix(LAYER) for name in exported or table.columns}
-        maps = [
-            _complete(
-                {layer: _count(row[name], layer) for name, layer in names.items()},
-                layers,
-                f"{path}, point {number}",
-            )
-            for number, row in enumerate(table.rows, 1)
-        ]
-    if not maps:
-        raise ConfigError(f"{path} has no points")
-    return maps
+        return points
+    table = read_table(path)
+    exported = [name for name in table.columns if name.startswith(LAYER)]
+    names = {name: name.removeprefix(LAYER) for name in exported or table.columns}
+    return [{layer: _count(row[name], layer) for name, layer in names.items()} for row in table.rows]
 
 
 def _complete(row: Mapping[str, Any], layers: Sequence[str], where: str) -> dict[str, int]:
@@ -311,8 +310,10 @@ class Sweep:
                 raise ConfigError(f"sparsity={sparsity} is out of range; it must be in [0, 1)")
         if not self.kinds and self.maps_file is None:
             raise ConfigError("a sweep needs kinds of thread maps, or a file with some")
-        if self.maps_file is not None and not Path(self.maps_file).is_file():
-            raise ConfigError(f"{self.maps_file} is missing; a CSV or TOML with thread maps is needed")
+        if self.maps_file is not None:
+            if not Path(self.maps_file).is_file():
+                raise ConfigError(f"{self.maps_file} is missing; a CSV or TOML with thread maps is needed")
+            _read_rows(Path(self.maps_file))  # a wrong shape is found before anything runs
         object.__setattr__(self, "counts", tuple(parse_threads(count) for count in self.counts))
         object.__setattr__(
             self, "policies", tuple(parse_name(Policy, policy, "policy") for policy in self.policies)
