@@ -1,127 +1,39 @@
-"""Files: where sysmt keeps what it can make again, how all is written whole, and how archives are read."""
+"""Files: where sysmt keeps what it can make again, how all is written whole, and how tables are read."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import dataclasses
+import fcntl
+import io
 import os
-import struct
+import socket
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
+import time
+import tomllib
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from sysmt.errors import ConfigError, InUseError, OutputError
 
-from sysmt.errors import OutputError
+if TYPE_CHECKING:
+    import pandas as pd
 
-__all__ = ["ARCHIVE_LIMIT_BYTES", "cache_directory", "check_archive", "read_npz", "written_whole"]
-
-ARCHIVE_LIMIT_BYTES = 16 << 30
-"""What an archive may unpack to, unless it is packed a hundredfold: 1 GiB then, as such files are bombs."""
-
-_END_RECORD = struct.Struct("<4s4H2LH")
-"""The last 22 bytes of a zip archive without a comment; the fifth field is the number of entries."""
-
-_MANY = 0xFFFF
-"""What stands in that field if the number is written elsewhere."""
-
-_BOMB_RATIO, _BOMB_BYTES = 100, 1 << 30
-
-
-def check_archive(path: str | Path) -> None:
-    """Compare every entry of a zip archive, such as a checkpoint of torch, with its checksum.
-
-    Entries with a checksum of 0 have none: torch can be told to write them so.
-
-    Raises
-    ------
-    zipfile.BadZipFile
-        If an entry is damaged, or the archive unpacks to too much.
-    """
-    with _opened(path) as archive:
-        _check_size(archive.infolist())
-        for entry in archive.infolist():
-            if entry.CRC:
-                with _damage_named(entry.filename), archive.open(entry) as content:
-                    while content.read(1 << 20):
-                        pass
-
-
-def read_npz(path: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
-    """Read arrays without Python objects from an .npz file, each compared with its checksum.
-
-    Parameters
-    ----------
-    path : str or Path
-    wanted : callable
-        Tells by its name whether an array is read; all are by default.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    zipfile.BadZipFile
-        If it is no .npz, damaged, or unpacks to too much; the message says which array.
-    """
-    if not zipfile.is_zipfile(path):
-        raise zipfile.BadZipFile("it is no zip archive of arrays, as numpy.savez writes them")
-    arrays = {}
-    with _opened(path) as archive:
-        strange = [name for name in archive.namelist() if not name.endswith(".npy")]
-        if strange:
-            raise zipfile.BadZipFile(f"it has {strange[0]!r} in it; .npy entries are needed")
-        entries = [entry for entry in archive.infolist() if wanted(entry.filename.removesuffix(".npy"))]
-        _check_size(entries)
-        for entry in entries:
-            with _damage_named(entry.filename), archive.open(entry) as content:
-                arrays[entry.filename.removesuffix(".npy")] = np.lib.format.read_array(
-                    content, allow_pickle=False
-                )
-                if content.read(1):  # also reaches the end, where the checksum is compared
-                    raise ValueError("it is longer than its header says")
-    return arrays
-
-
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip archive and compare how many entries it has with how many it says it has.
-
-    Python's `zipfile` reads as many as the directory's size lets it, and is content.
-    """
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _END_RECORD.size))
-        tail = file.read()
-    with _damage_named("its directory"):
-        archive = zipfile.ZipFile(path)
-    with archive:
-        if len(tail) == _END_RECORD.size and tail.startswith(b"PK\5\6"):
-            said = _END_RECORD.unpack(tail)[4]
-            if said not in (_MANY, len(archive.namelist())):
-                raise zipfile.BadZipFile(f"it has {len(archive.namelist())} entries where it says {said}")
-        yield archive
-
-
-def _check_size(entries: list[zipfile.ZipInfo]) -> None:
-    unpacked = sum(entry.file_size for entry in entries)
-    packed = sum(entry.compress_size for entry in entries)
-    bomb = unpacked > max(_BOMB_RATIO * packed, _BOMB_BYTES)
-    if unpacked > ARCHIVE_LIMIT_BYTES or bomb:
-        limit = _BOMB_BYTES if bomb else ARCHIVE_LIMIT_BYTES
-        raise zipfile.BadZipFile(
-            f"it unpacks to {unpacked / 2**30:.1f} GiB from {packed / 2**20:.1f} MiB; "
-            f"at most {limit / 2**30:g} GiB are read"
-            + (", or a hundred times the packed size" if bomb else "")
-        )
-
-
-@contextlib.contextmanager
-def _damage_named(entry: str) -> Iterator[None]:
-    """Turn what a damaged entry raises in zlib, zipfile and numpy into one error with its name."""
-    try:
-        yield
-    except Exception as error:  # a damaged entry fails in as many ways as it has bytes
-        reason = str(error) or type(error).__name__
-        raise zipfile.BadZipFile(reason if entry in reason else f"{entry}: {reason}") from error
+__all__ = [
+    "Cell",
+    "DirectoryLock",
+    "Table",
+    "cache_directory",
+    "is_left_over",
+    "read_csv",
+    "read_table",
+    "read_toml",
+    "remove_left_overs",
+    "written_whole",
+]
 
 
 def cache_directory() -> Path:
@@ -172,3 +84,262 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+# -- directories -------------------------------------------------------------------------------
+
+_LOCK = ".sysmt-lock"
+
+_LEFT_OVER_S = 60.0
+"""A temporary file that nobody has written to for so long was left by a process that was killed."""
+
+
+class DirectoryLock:
+    """Keeps a directory for one process at a time, until `release` or the process's end, kill -9 included.
+
+    The lock is the system's (``flock``); a hidden file in the directory carries it, and the name of the
+    process that has it. On file systems without locks, everybody gets one.
+
+    Parameters
+    ----------
+    directory : Path
+        It must exist.
+
+    Raises
+    ------
+    InUseError
+        If another process has it.
+    OSError
+        If the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / _LOCK
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(handle, 500).decode(errors="replace").strip() or "just started"
+                os.close(handle)
+                raise InUseError(
+                    f"{directory} is being written by another process ({holder}); wait for its end, or name "
+                    "another directory"
+                ) from None
+            except OSError:
+                pass
+            # Whoever had the lock before may have removed the file between our two calls.
+            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
+            os.close(handle)
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
+        except OSError:  # a full disk, which the caller will notice
+            pass
+        self._release = weakref.finalize(self, _unlock, handle, path, os.getpid())
+
+    def release(self) -> None:
+        """Let go of the directory; it can be called twice."""
+        self._release()
+
+
+def _unlock(handle: int, path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has the handle as well, but not the lock's care
+        path.unlink(missing_ok=True)
+    os.close(handle)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a file is one of our own helpers: a lock, or what `written_whole` hands out."""
+    return path.name == _LOCK or (path.name.startswith(".") and ".partial" in path.suffixes)
+
+
+def remove_left_overs(directory: Path) -> None:
+    """Remove what killed processes left of files that were to be written whole."""
+    for path in directory.glob(".*.partial*"):
+        with contextlib.suppress(OSError):
+            if is_left_over(path) and time.time() - path.stat().st_mtime > _LEFT_OVER_S:
+                path.unlink()
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def _read_text(path: str | Path) -> str:
+    """Read a UTF-8 text, without its byte order mark; a `ConfigError` says what is wrong, and where."""
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise ConfigError(
+            f"{path}, line {line}, column {column}: byte 0x{content[error.start]:02x} is not UTF-8; "
+            "save the file as UTF-8"
+        ) from None
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises
+    ------
+    ConfigError
+        If it is missing, unreadable or no TOML; the message has line and column.
+    """
+    text = _read_text(path)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One cell of a CSV file, and where it stands.
+
+    Attributes
+    ----------
+    text : str
+        Without surrounding blanks.
+    place : str
+        File, line and column of its first character, both from 1.
+    """
+
+    text: str
+    place: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A CSV file as it was written: every row has a cell for each column, no more and no less.
+
+    Attributes
+    ----------
+    columns : list of str
+        Each name once.
+    rows : list of dict of str to Cell
+    text : str
+        The file.
+    """
+
+    columns: list[str]
+    rows: list[dict[str, Cell]]
+    text: str
+
+
+def read_table(path: str | Path) -> Table:
+    """Read a CSV file cell by cell; lines without any text are passed over.
+
+    Raises
+    ------
+    ConfigError
+        If it is missing, unreadable or empty, names a column twice or not at all, has an unclosed
+        quotation mark, or a row of more or fewer cells than the header. The message has line and column.
+    """
+    text = _read_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = io.StringIO(text, newline="").readlines()
+    columns: list[str] | None = None
+    rows: list[dict[str, Cell]] = []
+    first = 1
+    try:
+        for cells in reader:
+            places = [f"{path}, line {line}, column {column}" for line, column in _starts(lines, first)]
+            first = reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            found = [Cell(cell.strip(), place) for cell, place in zip(cells, places, strict=False)]
+            if columns is None:
+                columns = _header(found)
+                continue
+            if len(found) != len(columns):
+                odd = found[len(columns)] if len(found) > len(columns) else found[-1]
+                fault = f"{odd.text!r} belongs to none" if len(found) > len(columns) else "cells are missing"
+                raise ConfigError(
+                    f"{odd.place}: the row has {len(found)} cells, but the header names {len(columns)} "
+                    f"columns; {fault}"
+                )
+            rows.append(dict(zip(columns, found, strict=True)))
+    except csv.Error as error:
+        raise ConfigError(f"{path}, line {first}, column 1: this is no CSV: {error}") from error
+    if columns is None:
+        raise ConfigError(f"{path} is no table: it is empty")
+    return Table(columns, rows, text)
+
+
+def _header(cells: list[Cell]) -> list[str]:
+    names: dict[str, Cell] = {}
+    for cell in cells:
+        if not cell.text:
+            raise ConfigError(f"{cell.place}: a column has no name")
+        if cell.text in names:
+            raise ConfigError(f"{cell.place}: the column {cell.text!r} is there twice")
+        names[cell.text] = cell
+    return list(names)
+
+
+def _starts(lines: list[str], first: int) -> Iterator[tuple[int, int]]:
+    """Yield line and column where the cells of the row begin that starts at line `first`; both from 1."""
+    yield first, 1
+    quoted = False
+    for number in range(first, len(lines) + 1):
+        for place, sign in enumerate(lines[number - 1], 1):
+            quoted ^= sign == '"'
+            if sign == "," and not quoted:
+                yield number, place + 1
+        if not quoted:
+            return
+
+
+def read_csv(path: str | Path, needed: Iterable[str] = (), numbers: Iterable[str] = ()) -> pd.DataFrame:
+    """Read a table that sysmt wrote; empty text stays empty text, floats are what they were.
+
+    Parameters
+    ----------
+    path : str or Path
+    needed : iterable of str
+        Columns that it must have.
+    numbers : iterable of str
+        Columns, where they are there, that hold numbers (or nothing).
+
+    Raises
+    ------
+    ConfigError
+        If it is missing or unreadable, is no table (see `read_table`), lacks a column, or has text where
+        a number belongs.
+    """
+    import pandas as pd  # what needs no table does not wait for it
+
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path} is missing; a table that sysmt wrote is needed")
+    read = read_table(path)
+    needed = list(needed)
+    lacking = [column for column in needed if column not in read.columns]
+    if lacking:
+        raise ConfigError(f"{path} lacks the column {lacking[0]!r}; it has {', '.join(read.columns)}")
+    table = pd.read_csv(
+        io.StringIO(read.text),
+        index_col=False,
+        keep_default_na=False,  # "None" and "NA" are names like any other
+        na_values=["", "nan"],
+        skipinitialspace=True,
+    )
+    for column in numbers:
+        if column in table and not pd.api.types.is_numeric_dtype(table[column]):
+            _refuse_text(read, column)
+    text = table.select_dtypes(exclude="number").columns
+    return table.fillna(dict.fromkeys(text, ""))
+
+
+def _refuse_text(read: Table, column: str) -> None:
+    for row in read.rows:
+        cell = row[column]
+        try:
+            float(cell.text or "nan")
+        except ValueError:
+            raise ConfigError(f"{cell.place}: {column}={cell.text!r} must be a number") from None

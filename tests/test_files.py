@@ -1,15 +1,11 @@
 import os
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from sysmt import files
-from sysmt.errors import OutputError
-from sysmt.files import cache_directory, check_archive, read_npz, written_whole
+from sysmt.errors import ConfigError, OutputError
+from sysmt.files import cache_directory, read_csv, read_table, read_toml, written_whole
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -43,76 +39,82 @@ def test_cache_directory_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -
     assert cache_directory() == Path.home() / ".cache" / "sysmt"
 
 
-def every_flip(path: Path, step: int, read: Callable[[Path], object], same: Callable[[object], bool]) -> int:
-    """Flip a bit in every `step`-th byte; each file is refused or read as if nothing had happened."""
-    whole, refused = path.read_bytes(), 0
-    for at in range(0, len(whole), step):
-        flipped = bytearray(whole)
-        flipped[at] ^= 1 << at % 8
-        path.write_bytes(flipped)
-        try:
-            assert same(read(path)), f"a flip in byte {at} went unnoticed"
-        except (OSError, zipfile.BadZipFile):
-            refused += 1
-    return refused
+# -- reading -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_every_flipped_bit_of_an_npz_is_noticed_or_harmless(
-    save: Callable[..., None], tmp_path: Path
+def test_tables_of_something_else_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match="lacks the column 'c'; it has a, b"):
+        read_csv(tmp_path / "t.csv", ("a", "c"))
+    (tmp_path / "t.csv").write_text("")
+    with pytest.raises(ConfigError, match="is no table"):
+        read_csv(tmp_path / "t.csv")
+    with pytest.raises(ConfigError, match="missing"):
+        read_csv(tmp_path / "nothing.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("a,b\n1,2\n3,4,5\n", "line 3, column 5", "3 cells, but the header names 2 columns; '5' belongs"),
+        ("a,b\n1,2,3,4\n", "line 2, column 5", "4 cells, but the header names 2 columns; '3' belongs"),
+        ("a,b,c\n1,2\n", "line 2, column 3", "2 cells, but the header names 3 columns; cells are missing"),
+        ('a,b\n"x, y",2,3\n', "line 2, column 10", "'3' belongs to none"),
+        ('a,b\n"x\ny",2\n1\n', "line 4, column 1", "cells are missing"),
+        ("a,a\n1,2\n", "line 1, column 3", "'a' is there twice"),
+        ("a,,b\n1,2,3\n", "line 1, column 3", "a column has no name"),
+        ('a,b\n1,"2\n', "line 2, column 1", "no CSV"),
+        ("", "", "is no table"),
+    ],
+)
+def test_a_table_of_a_wrong_shape_is_refused_with_its_place(
+    tmp_path: Path, text: str, where: str, what: str
 ) -> None:
-    arrays = {"x": np.arange(300, dtype=np.float32), "y": np.arange(5), "none": np.zeros((0, 3))}
-    path = tmp_path / "a.npz"
-    save(path, **arrays)
-
-    def same(found: object) -> bool:
-        return found.keys() == arrays.keys() and all(np.array_equal(found[k], arrays[k]) for k in arrays)
-
-    assert same(read_npz(path))
-    assert every_flip(path, 1, read_npz, same) > path.stat().st_size // 3
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    for read in (read_table, read_csv):
+        with pytest.raises(ConfigError, match=what) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert where in str(caught.value)
 
 
-def test_every_flipped_bit_of_a_checkpoints_values_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "w.pt"
-    torch.save({"w": torch.arange(1000.0)}, path)
-    check_archive(path)
-    values = path.read_bytes().find(np.arange(1000, dtype=np.float32).tobytes())
-    whole = path.read_bytes()
-    for at in range(values, values + 4000, 37):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
-        with pytest.raises(zipfile.BadZipFile, match="w/data/0"):
-            check_archive(path)
+def test_cells_know_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b'\xef\xbb\xbfa, b\r\n"1,\n2", x\r\n\r\n,,\r\n3,4\r\n'.replace(b",,", b","))
+    table = read_table(path)
+    assert table.columns == ["a", "b"]
+    assert [[cell.text for cell in row.values()] for row in table.rows] == [["1,\n2", "x"], ["3", "4"]]
+    assert table.rows[0]["b"].place == f"{path}, line 3, column 4"
+    assert table.rows[1]["a"].place == f"{path}, line 6, column 1"
 
 
-def test_archives_without_checksums_are_taken(tmp_path: Path) -> None:
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save({"w": torch.arange(10.0)}, tmp_path / "w.pt")
-    finally:
-        torch.serialization.set_crc32_options(True)
-    check_archive(tmp_path / "w.pt")
+def test_text_where_a_number_belongs_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("name,x\nNone,1\nNA,\n,o.5\n")
+    with pytest.raises(ConfigError, match=r"line 4, column 2: x='o\.5' must be a number"):
+        read_csv(path, ("x",), ("x", "y"))
+    path.write_text("name,x\nNone,1\nNA,\n,0.1\n")
+    table = read_csv(path, ("x",), ("x", "y"))
+    assert list(table["name"]) == ["None", "NA", ""]
+    assert np.array_equal(table["x"], [1, np.nan, 0.1], equal_nan=True)
 
 
-def test_an_archive_that_unpacks_to_too_much_is_refused_by_its_sizes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros(4 << 20, np.uint8))
-    np.savez(tmp_path / "large.npz", x=np.zeros(4 << 20, np.uint8))
-    monkeypatch.setattr(files, "_BOMB_BYTES", 1 << 20)
-    for check in (read_npz, check_archive):
-        with pytest.raises(zipfile.BadZipFile, match=r"unpacks to 0\.0 GiB from 0\.0 MiB; .*a hundred times"):
-            check(tmp_path / "bomb.npz")
-    assert read_npz(tmp_path / "large.npz")["x"].size == 4 << 20
-    monkeypatch.setattr(files, "ARCHIVE_LIMIT_BYTES", 1 << 21)
-    with pytest.raises(zipfile.BadZipFile, match="at most 0.00195312 GiB are read"):
-        read_npz(tmp_path / "large.npz")
-    assert read_npz(tmp_path / "large.npz", lambda name: name != "x") == {}
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "9" * 5000, "a = 1\na = 2", "a = = 1"])
+def test_what_is_no_toml_is_one_of_our_errors(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "t.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is no TOML"):
+        read_toml(path)
 
 
-def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", np.arange(3))
-    with pytest.raises(zipfile.BadZipFile, match=r"no zip archive of arrays, as numpy\.savez"):
-        read_npz(tmp_path / "a.npy")
-    np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
-    with pytest.raises(zipfile.BadZipFile, match="x.npy: .*allow_pickle"):
-        read_npz(tmp_path / "objects.npz")
+def test_text_that_is_not_utf_8_is_named_by_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    path.write_bytes(b"a,b\n1,\xff\n")
+    for read in (read_toml, read_csv, read_table):
+        with pytest.raises(ConfigError, match="line 2, column 3: byte 0xff is not UTF-8"):
+            read(path)
+    for read in (read_toml, read_table):
+        for name in ("a" * 300, "nul\0"):
+            with pytest.raises(ConfigError, match="cannot be read"):
+                read(name)

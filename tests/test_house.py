@@ -13,7 +13,7 @@ import sysmt
 PACKAGE = Path(sysmt.__file__).parent
 
 # What each room may import from sysmt, besides itself. Ground-floor modules are importable by all.
-GROUND = {"config", "errors", "files", "progress"}
+GROUND = {"archives", "config", "errors", "files", "progress"}
 MACHINE = {"hw", "cost", "scalesim"}
 PASSES = {"nn.passes", "nn.torchvision_import"}
 MAY_IMPORT = {

@@ -25,6 +25,7 @@ __all__ = [
     "StudyOut",
     "StudyOverwrite",
     "StudyPlots",
+    "StudyRetry",
     "StudyStorage",
     "config_values",
     "study_option",
@@ -195,6 +196,9 @@ StudyStorage = Annotated[
 ]
 StudyName = Annotated[
     str | None, study_option("Name of the study in its storage.", show_default="COMMAND MODEL")
+]
+StudyRetry = Annotated[
+    bool, study_option("Take up again the points that ended three workers each.", show_default=False)
 ]
 StudyPlots = Annotated[bool, study_option("Draw the plots.")]
 

@@ -62,16 +62,13 @@ def run(
 
     recorded, made_by = study.read_config(config) if config is not None else ({}, {})
     settings = RunConfig.from_record(recorded | chosen, str(config) if config else "")
-    directory = RunDirectory(out, name=f"run-{settings.model}", overwrite=overwrite, stale=study.FILES)
-    try:
+    with RunDirectory(out, name=f"run-{settings.model}", overwrite=overwrite, stale=study.FILES) as directory:
         job = Job(settings)
         if config is not None:
             study.warn_of_differences(job, made_by, config)
         said = _say_notes(job.notes, 0)
         outcome = study.run_job(job, directory, plots)
         _say_notes(job.notes, said)
-    finally:
-        directory.remove_if_empty()
     if outcome.measurements:
         print_results(outcome.measurements)
         say(f"results {'so far ' if outcome.error else ''}are in {directory.path}")

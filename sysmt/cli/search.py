@@ -18,10 +18,11 @@ from sysmt.cli.options import (
     StudyOut,
     StudyOverwrite,
     StudyPlots,
+    StudyRetry,
     StudyStorage,
     takes,
 )
-from sysmt.cli.sweep import points_to_float, print_points
+from sysmt.cli.sweep import end_if_incomplete, points_to_float, print_points
 from sysmt.errors import ConfigError
 from sysmt.study.run_config import RECALIBRATION_MODES, RunConfig
 
@@ -71,6 +72,7 @@ def search(
     overwrite: StudyOverwrite = False,
     storage: StudyStorage = None,
     study: StudyName = None,
+    retry_failed: StudyRetry = False,
     plots: StudyPlots = True,
 ) -> None:
     """Find threads for each layer: the best accuracy for every speedup.
@@ -102,18 +104,21 @@ def search(
     session = Session(
         "search", config, out=out, storage=storage, study=study, overwrite=overwrite, held_out=held_out
     )
-    for note in session.bench.notes:
-        say(note, "dim")
-    try:
-        points = session.search(plan, baselines)
-    finally:
-        say(f"the study is in {session.store.shown_url}; results are in {session.directory.path}")
-    if plots:
-        session.draw()
-    print_points(front_table(points))
-    if target_speedup is not None or max_drop is not None:
-        row = choose(points, target_speedup=target_speedup, max_drop=max_drop)
-        say_choice(row, points, session.keep_choice(row))
+    with session:
+        for note in session.bench.notes:
+            say(note, "dim")
+        try:
+            points = session.search(plan, baselines, retry_failed)
+        finally:
+            say(f"the study is in {session.store.shown_url}; results are in {session.directory.path}")
+        if plots:
+            session.draw()
+        left_out = session.store.left_out()
+        print_points(front_table(points), left_out)
+        if target_speedup is not None or max_drop is not None:
+            row = choose(points, target_speedup=target_speedup, max_drop=max_drop)
+            say_choice(row, points, session.keep_choice(row))
+    end_if_incomplete(left_out)
 
 
 def say_choice(row: dict[str, Any], points: Any, path: Path) -> None:

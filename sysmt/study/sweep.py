@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 import sysmt
 from sysmt.config import Policy, parse_name, parse_threads
 from sysmt.errors import ConfigError, nearest
+from sysmt.files import Cell, read_table, read_toml
 from sysmt.study.evaluate import Job, Measurement, paired_difference
 from sysmt.study.run_config import RECALIBRATION_MODES, RunConfig, Setting
-from sysmt.study.run_directory import read_toml
 from sysmt.study.store import LAYER, NOT_RECALIBRATED, Point
 
 __all__ = ["KINDS", "Bench", "Sweep", "one_at_a_time", "prefixes", "read_points", "suffixes", "uniform"]
@@ -215,28 +214,29 @@ def read_points(path: str | Path, layers: Sequence[str]) -> list[dict[str, int]]
     Raises
     ------
     ConfigError
-        If the file cannot be read, names a layer that is not simulated, leaves one out, or has
-        a count other than 1, 2 or 4.
+        If the file cannot be read, has a row longer or shorter than its header, names a layer that is
+        not simulated, leaves one out, or has a count other than 1, 2 or 4.
     """
-    path = Path(path)
-    rows: list[Mapping[str, Any]]
-    if path.suffix == ".toml":
-        rows = read_toml(path).get("points", [])
-        if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
-            raise ConfigError(f"{path}: points must be tables, [[points]]")
-    else:
-        try:
-            table = pd.read_csv(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is no table: {error}") from error
-        exported = [name for name in table.columns if name.startswith(LAYER)]
-        if exported:
-            table = table[exported].rename(columns=lambda name: name.removeprefix(LAYER))
-        rows = [{str(name): count for name, count in row.items()} for row in table.to_dict("records")]
-    maps = [_complete(row, layers, f"{path}, point {number}") for number, row in enumerate(rows, 1)]
+    maps = [
+        _complete(row, layers, f"{path}, point {number}")
+        for number, row in enumerate(_read_rows(Path(path)), 1)
+    ]
     if not maps:
         raise ConfigError(f"{path} has no points")
     return maps
+
+
+def _read_rows(path: Path) -> list[Mapping[str, Any]]:
+    """Read threads by layer as the file has them, whatever the layers are."""
+    if path.suffix == ".toml":
+        points = read_toml(path).get("points", [])
+        if not isinstance(points, list) or not all(isinstance(row, Mapping) for row in points):
+            raise ConfigError(f"{path}: points must be tables, [[points]]")
+        return points
+    table = read_table(path)
+    exported = [name for name in table.columns if name.startswith(LAYER)]
+    names = {name: name.removeprefix(LAYER) for name in exported or table.columns}
+    return [{layer: _count(row[name], layer) for name, layer in names.items()} for row in table.rows]
 
 
 def _complete(row: Mapping[str, Any], layers: Sequence[str], where: str) -> dict[str, int]:
@@ -248,9 +248,18 @@ def _complete(row: Mapping[str, Any], layers: Sequence[str], where: str) -> dict
         count = row.get(layer, row.get("default"))
         if count is None:
             raise ConfigError(f"{where} leaves out layer {layer!r}; name it, or set a default")
-        whole = int(count) if isinstance(count, float) and count.is_integer() else count
-        threads[layer] = parse_threads(whole, f"{where}: threads of layer {layer!r}")
+        threads[layer] = parse_threads(count, f"{where}: threads of layer {layer!r}")
     return threads
+
+
+def _count(cell: Cell, layer: str) -> int:
+    """Read a thread count; spreadsheets make 2.0 of a 2 now and then."""
+    try:
+        number = float(cell.text)
+    except ValueError:
+        number = math.nan
+    whole = int(number) if number.is_integer() else cell.text
+    return parse_threads(whole, f"{cell.place}: threads of layer {layer!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,8 +310,10 @@ class Sweep:
                 raise ConfigError(f"sparsity={sparsity} is out of range; it must be in [0, 1)")
         if not self.kinds and self.maps_file is None:
             raise ConfigError("a sweep needs kinds of thread maps, or a file with some")
-        if self.maps_file is not None and not Path(self.maps_file).is_file():
-            raise ConfigError(f"{self.maps_file} is missing; a CSV or TOML with thread maps is needed")
+        if self.maps_file is not None:
+            if not Path(self.maps_file).is_file():
+                raise ConfigError(f"{self.maps_file} is missing; a CSV or TOML with thread maps is needed")
+            _read_rows(Path(self.maps_file))  # a wrong shape is found before anything runs
         object.__setattr__(self, "counts", tuple(parse_threads(count) for count in self.counts))
         object.__setattr__(
             self, "policies", tuple(parse_name(Policy, policy, "policy") for policy in self.policies)

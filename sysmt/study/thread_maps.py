@@ -11,10 +11,9 @@ import tomli_w
 
 from sysmt.config import THREAD_COUNTS, parse_count, parse_threads
 from sysmt.errors import CalibrationError, ConfigError
-from sysmt.files import written_whole
+from sysmt.files import read_toml, written_whole
 from sysmt.nn.array.simulation import Simulation
 from sysmt.nn.passes import evaluation_mode, image_batches
-from sysmt.study.run_directory import read_toml
 
 __all__ = ["measure_errors", "read_threads_map", "throttle", "write_threads_map"]
 

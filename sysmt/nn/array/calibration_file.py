@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from sysmt.archives import read_npz
 from sysmt.errors import CalibrationError, ConfigError, WeightsError
-from sysmt.files import read_npz, written_whole
+from sysmt.files import written_whole
 from sysmt.nn.array.selection import FIRST_CONVOLUTION
 from sysmt.nn.array.simulation import Simulation
 from sysmt.nn.batchnorm.recalibration import load_statistics, save_statistics

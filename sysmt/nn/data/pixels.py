@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sysmt.archives import read_npz
 from sysmt.errors import DataError
-from sysmt.files import read_npz, written_whole
+from sysmt.files import written_whole
 from sysmt.nn.data.preprocessing import Preprocessing
 from sysmt.progress import progress_bar
 

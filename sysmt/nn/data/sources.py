@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sysmt.archives import read_npz
 from sysmt.errors import DataError, nearest
-from sysmt.files import read_npz
 from sysmt.nn.data.pixels import find_images
 from sysmt.nn.data.preprocessing import add_noise, pad_crop_flip, preset
 

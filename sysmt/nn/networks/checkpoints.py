@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from sysmt.archives import check_archive
 from sysmt.errors import ConfigError, OutputError, WeightsError, nearest
-from sysmt.files import check_archive, written_whole
+from sysmt.files import written_whole
 
 __all__ = [
     "load_state",

@@ -14,9 +14,9 @@ from matplotlib.patches import Patch
 
 from sysmt.config import THREAD_COUNTS
 from sysmt.errors import ConfigError
+from sysmt.files import read_csv
 from sysmt.study.pareto import pareto_front
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.run_directory import read_csv
 
 __all__ = [
     "draw_study",
@@ -248,7 +248,9 @@ def draw_study(directory: str | Path, title: str = "") -> list[Path]:
         If a plot cannot be written.
     """
     directory = Path(directory)
-    points = read_csv(directory / "points.csv", ("speedup", "top1", "sparsity", "collision_rate"))
+    numbers = ("speedup", "top1", "sparsity", "collision_rate")
+    points = read_csv(directory / "points.csv", numbers, numbers)
+    points = points[points["top1"].notna()]  # without those that were given up
     if not len(points):
         raise ConfigError(f"{directory / 'points.csv'} has no points; there is nothing to plot")
     drawn = [directory / "accuracy_speedup.png"]
@@ -261,10 +263,11 @@ def draw_study(directory: str | Path, title: str = "") -> list[Path]:
         plot_collisions_sparsity(points, drawn[-1], title)
     if (directory / "sensitivities.csv").is_file():
         drawn.append(directory / "sensitivities.png")
-        table = read_csv(directory / "sensitivities.csv", ("layer", "threads", "kl"))
+        table = read_csv(directory / "sensitivities.csv", ("layer", "threads", "kl"), ("threads", "kl"))
         plot_sensitivities(table, drawn[-1], title)
     if (directory / "hypervolume.csv").is_file():
         drawn.append(directory / "hypervolume.png")
-        curves = read_csv(directory / "hypervolume.csv", ("method", "seed", "evaluations", "hypervolume"))
+        columns = ("seed", "evaluations", "hypervolume")
+        curves = read_csv(directory / "hypervolume.csv", ("method", *columns), columns)
         plot_hypervolume(curves, drawn[-1], title)
     return drawn
