@@ -17,6 +17,7 @@ from sysmt.errors import ConfigError, OperandError
 from sysmt.hw.gemm import simulate_gemm
 from sysmt.hw.operands import MAX_K
 from sysmt.hw.stats import GemmStats
+from sysmt.scalesim.text_file import LARGEST
 
 __all__ = ["LayerResult", "draw_matrices", "draw_operands", "read_matrix", "read_operands", "simulate_layer"]
 
@@ -37,6 +38,9 @@ class LayerResult:
     memory : Memory
     stats : GemmStats
     traffic : Traffic
+        Of the array as configured.
+    single_thread_traffic : Traffic
+        Of the same array with one thread, memory and drain unchanged.
     events : EventCounts
     energy : dict of str to float
         By what spends it, in the table's unit.
@@ -49,6 +53,7 @@ class LayerResult:
     memory: Memory
     stats: GemmStats
     traffic: Traffic
+    single_thread_traffic: Traffic
     events: EventCounts
     energy: dict[str, float]
     area: float | None
@@ -57,6 +62,16 @@ class LayerResult:
     def total_energy(self) -> float:
         """Energy in the table's unit."""
         return sum(self.energy.values())
+
+    @property
+    def speedup_cycles(self) -> float:
+        """Cycles at T = 1 over cycles at T; both include their stalls."""
+        return self.single_thread_traffic.cycles / self.traffic.cycles
+
+    @property
+    def speedup_compute_cycles(self) -> float:
+        """Compute cycles at T = 1 over compute cycles at T: the speedup if nothing stalled."""
+        return self.single_thread_traffic.compute_cycles / self.traffic.compute_cycles
 
     @property
     def energy_delay(self) -> float:
@@ -107,6 +122,7 @@ def simulate_layer(
         memory,
         stats,
         layer_traffic(layer, config, memory),
+        layer_traffic(layer, config.replace(threads=1), memory),
         events,
         table.energy(events, config, memory),
         table.area(config),
@@ -172,14 +188,15 @@ def draw_matrices(
     Raises
     ------
     ConfigError
-        If a size is negative or a density outside [0, 1].
+        If a size is negative or above 2,147,483,647, or a density outside [0, 1].
     OperandError
         If K is above 65,535.
     """
     if k > MAX_K:  # before so much is drawn
         raise OperandError(f"K={k} is too large; it must be at most {MAX_K}")
-    for field, size in (("m", m), ("n", n), ("k", k), ("seed", seed)):
-        parse_count(size, field, minimum=0)
+    for field, size in (("m", m), ("n", n), ("k", k)):
+        parse_count(size, field, minimum=0, maximum=LARGEST)
+    parse_count(seed, "seed", minimum=0)
     _check_densities(activation_density, weight_density)
     rng = np.random.default_rng(seed)
     a_mk = _draw_activations((m, k), activation_density, rng)
