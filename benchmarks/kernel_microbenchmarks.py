@@ -1,4 +1,4 @@
-"""Micro-benchmarks: python -m pytest benchmarks/kernel_microbenchmarks.py --benchmark-only. Not collected by default."""
+"""Micro-benchmarks of the kernels, for ``pytest benchmarks/kernel_microbenchmarks.py --benchmark-only``."""
 
 import numpy as np
 import pytest
