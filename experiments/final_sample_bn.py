@@ -20,7 +20,7 @@ import torch
 import typer
 from common.command import Out, Quick, main, names_in
 from common.ledgers import open_ledger
-from common.panels import legend_below, panels
+from common.panels import legend_below, markers, panels
 from common.points import Key, grid, those_of
 from common.tables import give_or_take, markdown, percent, signed
 from common.trainings import (
@@ -50,7 +50,7 @@ from sysmt.nn.low_bit.straight_through import (
 from sysmt.nn.networks.models import VGG7
 from sysmt.nn.networks.training import History
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, MARKERS
+from sysmt.study.plots.style import COLOURS
 
 KEYS = ("variant", "schedule", "statistics", "run")
 FLOAT, USUAL = "float", "channelwise"
@@ -298,16 +298,7 @@ def draw_accuracies(summary: pd.DataFrame, path: Path, title: str) -> None:
                         panel.text(
                             place, floor, f"↓ {top1:.0f}", color=COLOURS[index], ha="center", va="bottom"
                         )
-                panel.errorbar(
-                    places,
-                    100 * rows["top1"],
-                    yerr=100 * rows["top1_sd"].fillna(0),
-                    color=COLOURS[index],
-                    marker=MARKERS[index],
-                    linestyle="none",
-                    capsize=3,
-                    label=LABELS[kind],
-                )
+                markers(panel, places, rows["top1"], rows["top1_sd"].fillna(0), index, label=LABELS[kind])
             panel.set_xticks(range(len(variants)), variants)
             panel.set_xlim(-0.5, len(variants) - 0.5)
             panel.set_ylim(floor, min(100.0, 100 * summary["top1"].max() + 5) if floor else 100)

@@ -32,7 +32,7 @@ import typer
 from common.command import OPTIONS, Out, Preset, Quick, main, names_in
 from common.ledgers import open_ledger, slug
 from common.networks import Workload, workloads
-from common.panels import panels
+from common.panels import markers, panels
 from common.points import Key, compared, grid, measure_float, recalibrated, still_missing
 from common.tables import give_or_take, markdown, percent, publish, signed
 from matplotlib.axes import Axes
@@ -120,16 +120,10 @@ def low_bits_on_the_array(
         with progress_bar("low bits on the array", len(networks) * total, "points") as bar:
             for network in networks:
                 _Study(network, epochs, lr, ledger, bar).run(wanted)
-        names = [network.name for network in networks]
-        table = pd.concat([summarise(ledger, network, wanted) for network in names], ignore_index=True)
-        publish(
-            ledger,
-            name,
-            names,
-            lambda network: layout_of(table, network),
-            lambda path, network: draw(table[table["network"] == network], path, network),
-            table,
-        )
+        tables = [summarise(ledger, network.name, wanted) for network in networks]
+        table = pd.concat(tables, ignore_index=True)
+        ledger.write(f"{name}.csv", table)
+        publish(ledger, name, networks, table, layout_of, draw)
 
 
 def points_of(network: str, scheme: str) -> list[Key]:
@@ -472,16 +466,10 @@ def _accuracy(axes: Axes, best: pd.DataFrame, names: Sequence[str]) -> None:
         axes.plot([place - 0.45, place + 0.45], [100 * value] * 2, color=FLOAT_GREY, linewidth=1)
     for (index, kind), (shift, threads) in itertools.product(enumerate(STATISTICS), enumerate((2, 4))):
         rows = best[(best["threads"] == threads) & (best["statistics"] == kind)]
-        axes.errorbar(
-            np.arange(len(names)) + 0.4 * (shift - 0.5) + 0.11 * (index - 1),
-            _in_order(rows, names, "top1", 100),
-            yerr=_in_order(rows, names, "drop_se", 100),
-            color=COLOURS[2 + index],
-            marker=MARKERS[index],
-            linestyle="none",
-            capsize=2,
-            label=kind if not shift else None,
-        )
+        places = np.arange(len(names)) + 0.4 * (shift - 0.5) + 0.11 * (index - 1)
+        top1, errors = (_in_order(rows, names, column) for column in ("top1", "drop_se"))
+        label = kind if not shift else None
+        markers(axes, places, top1, errors, index, color=COLOURS[2 + index], label=label)
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_title("left: 2T, right: 4T; line: 1T, population", fontsize=8)
     axes.legend(fontsize=7)

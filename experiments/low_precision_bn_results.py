@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common.panels import legend_below, panels
+from common.panels import legend_below, markers, panels
 from common.points import joined_seeds, mean_correct, those_of
 from common.tables import give_or_take, markdown, percent, signed
 
@@ -189,10 +189,7 @@ def draw_table3(table: pd.DataFrame, path: Path) -> None:
         for index, network in enumerate(networks):
             rows = table[table["network"] == network]
             places = [formats.index(fmt) + 0.14 * (index - (len(networks) - 1) / 2) for fmt in rows["format"]]
-            axes.errorbar(
-                places, 100 * (1 - rows["top1"]), yerr=100 * rows["difference_se"], color=COLOURS[index],
-                marker=MARKERS[index], linestyle="none", capsize=3, label=network,
-            )  # fmt: skip
+            markers(axes, places, 1 - rows["top1"], rows["difference_se"], index, label=network)
             floats = 100 * (1 - float(rows.loc[rows["format"] == FLOAT, "top1"].iloc[0]))
             axes.axhline(floats, color=COLOURS[index], linestyle="--", linewidth=0.8)
         axes.set_yscale("log")
@@ -218,11 +215,8 @@ def draw_retrofit(table: pd.DataFrame, path: Path) -> None:
             for index, state in enumerate((RAW, RECALIBRATED, FINE_TUNED)):
                 rows = here[here["state"] == state]
                 spots = [places.index(spot) for spot in zip(rows["format"], rows["where"], strict=True)]
-                panel.errorbar(
-                    np.array(spots) + 0.15 * (index - 1), -100 * rows["difference"],
-                    yerr=100 * rows["difference_se"], color=COLOURS[index], marker=MARKERS[index],
-                    linestyle="none", capsize=3, label=state,
-                )  # fmt: skip
+                shifted = np.array(spots) + 0.15 * (index - 1)
+                markers(panel, shifted, -rows["difference"], rows["difference_se"], index, label=state)
             panel.set_xticks(
                 range(len(places)),
                 [f"{fmt}\n{where.replace(' ', chr(10), 1)}" for fmt, where in places],

@@ -40,14 +40,7 @@ def policies(chosen: dict[str, Any], preset: Preset = None, quick: Quick = False
         with progress_bar("policies", len(networks) * len(points_of("")), "points") as bar:
             for network in networks:
                 measure(network, ledger, bar)
-        points = ledger.points()
-        publish(
-            ledger,
-            "policies",
-            [network.name for network in networks],
-            lambda network: layout_of(points, network),
-            lambda path, network: draw(points[points["network"] == network], path, network),
-        )
+        publish(ledger, "policies", networks, ledger.points(), layout_of, draw)
 
 
 def points_of(network: str) -> list[Key]:

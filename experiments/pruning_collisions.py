@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from common.command import OPTIONS, Out, Preset, Quick, main, numbers_in
+from common.command import OPTIONS, Mode, Out, Preset, Quick, main, numbers_in
 from common.ledgers import open_ledger, slug
 from common.networks import Workload, workloads
 from common.panels import panels
@@ -33,7 +33,6 @@ from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import array_facts
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS
-from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "retrained", "sparsity", "setting", "recalibrated")
 THREADS = {"FP32": 0, "A8W8": 1, "2T": 2, "4T": 4}
@@ -72,9 +71,7 @@ def pruning_collisions(
         ),
     ] = None,
     lr: Annotated[float, typer.Option(help="Largest learning rate of retraining.")] = 0.01,
-    mode: Annotated[
-        str, typer.Option(help=f"Recalibration: {', '.join(RECALIBRATION_MODES)}.", metavar="MODE")
-    ] = "ema",
+    mode: Mode = "ema",
     quick: Quick = False,
     out: Out = None,
 ) -> None:
@@ -103,13 +100,7 @@ def pruning_collisions(
         # The directory may hold other sparsities from before, and not all points of them.
         asked = [(flag, sparsity) for flag, shares in plan.items() for sparsity in shares]
         points = points[[pair in asked for pair in zip(points["retrained"], points["sparsity"], strict=True)]]
-        publish(
-            ledger,
-            name,
-            [network.name for network in networks],
-            lambda network: layout_of(points, network),
-            lambda path, network: draw(points[points["network"] == network], path, network),
-        )
+        publish(ledger, name, networks, points, layout_of, draw)
 
 
 def _parse(text: str, name: str) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ import typer
 from common.command import OPTIONS, Out, Preset, Quick, main, numbers_in
 from common.ledgers import open_ledger
 from common.networks import Workload, workloads
-from common.panels import legend_below, panels
+from common.panels import legend_below, markers, panels
 from common.points import Key, joined_seeds, measure_float, recalibrated, still_missing, those_of
 from common.tables import markdown, percent, publish
 
@@ -25,7 +25,7 @@ from sysmt.cli.options import takes
 from sysmt.errors import ConfigError
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS
+from sysmt.study.plots.style import FLOAT_GREY
 from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "threads", "mode", "recalibration_images", "seed")
@@ -60,14 +60,8 @@ def recalibration(
                 points = measure(network, wanted, seeds, ledger, bar)
                 tables.append(summarise(ledger, points))
         table = pd.concat(tables, ignore_index=True)
-        publish(
-            ledger,
-            "recalibration",
-            [network.name for network in networks],
-            lambda network: layout_of(table, network),
-            lambda path, network: draw(table[table["network"] == network], path, network),
-            table,
-        )
+        ledger.write("recalibration.csv", table)
+        publish(ledger, "recalibration", networks, table, layout_of, draw)
 
 
 def _parse(text: str) -> tuple[int, ...]:
@@ -170,15 +164,9 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
             panel.axhline(without, color=FLOAT_GREY, linestyle=":", linewidth=1.4, label="not recalibrated")
             for index, mode in enumerate(RECALIBRATION_MODES):
                 line = rows[rows["mode"] == mode].sort_values("recalibration_images")
-                panel.errorbar(
-                    line["recalibration_images"] * (1 + 0.05 * (index - 1)),  # side by side
-                    100 * line["top1"],
-                    yerr=100 * line["top1_seed_sd"].fillna(0),
-                    color=COLOURS[index],
-                    marker=MARKERS[index],
-                    capsize=2,
-                    label=mode,
-                )
+                places = line["recalibration_images"] * (1 + 0.05 * (index - 1))  # side by side
+                errors = line["top1_seed_sd"].fillna(0)
+                markers(panel, places, line["top1"], errors, index, linestyle="-", label=mode)
             panel.set_xscale("log", base=2)
             counts = sorted(rows.loc[rows["mode"] != NONE, "recalibration_images"].unique())
             crowded = len(counts) > 1 and counts[-1] < 1.5 * counts[-2]

@@ -11,6 +11,7 @@ network's, or regathered under the noise. The article's shifts round down; "roun
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,14 +82,10 @@ def sqnr(
             for network in networks:
                 measure(network, widths, ledger, bar)
         pairs = pd.concat([pairs_of(ledger, points, network.name) for network in networks], ignore_index=True)
-        publish(
-            ledger,
-            "sqnr",
-            [network.name for network in networks],
-            lambda network: layout_of(ledger, pairs, points, network),
-            lambda path, network: draw(ledger, pairs[pairs["network"] == network], path, network, widths[0]),
-            pairs,
-        )
+        ledger.write("sqnr.csv", pairs)
+        layout = functools.partial(layout_of, ledger=ledger, points=points)
+        plot = functools.partial(draw, ledger=ledger, bits=widths[0])
+        publish(ledger, "sqnr", networks, pairs, layout, plot)
 
 
 def _parse(text: str) -> tuple[int, ...]:
@@ -215,7 +212,7 @@ def pairs_of(ledger: Ledger, points: Sequence[Key], network: str) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def layout_of(ledger: Ledger, pairs: pd.DataFrame, points: Sequence[Key], network: str) -> str:
+def layout_of(pairs: pd.DataFrame, network: str, ledger: Ledger, points: Sequence[Key]) -> str:
     """Lay out one network's results: the first pair by stages, all pairs by what BatchNorm won, accuracy."""
     here = pairs[pairs["network"] == network]
     measured = those_of(points, ledger.points()).set_index(list(KEYS))
@@ -272,7 +269,7 @@ def _spread(values: pd.Series) -> str:
     return f"{values.mean():+.1f} ± {values.std(ddof=0):.1f}"
 
 
-def draw(ledger: Ledger, pairs: pd.DataFrame, path: Path, title: str, bits: int) -> None:
+def draw(pairs: pd.DataFrame, path: Path, title: str, ledger: Ledger, bits: int) -> None:
     """Draw the article's figures for the first pair, and what BatchNorm wins at every pair."""
     channels = _table(ledger, "channels")
     here = channels[

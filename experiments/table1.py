@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from common.command import OPTIONS, Out, Preset, Quick, main
+from common.command import OPTIONS, Mode, Out, Preset, Quick, main
 from common.ledgers import open_ledger
 from common.networks import Workload, workloads
+from common.panels import markers
 from common.points import Key, compared, joined_seeds, mean_correct, recalibrated, still_missing
 from common.tables import give_or_take, markdown, percent, signed
 
@@ -26,8 +27,7 @@ from sysmt.nn.array.simulation import Simulation
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import array_facts
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, MARKERS, figure
-from sysmt.study.run_config import RECALIBRATION_MODES
+from sysmt.study.plots.style import figure
 from sysmt.study.thread_maps import measure_errors, throttle
 from sysmt.study.workload import Subject
 
@@ -44,9 +44,7 @@ def table1(
     chosen: dict[str, Any],
     preset: Preset = None,
     seeds: Annotated[int, typer.Option(help="Calibration seeds: 0, 1, ...", min=1)] = 3,
-    mode: Annotated[
-        str, typer.Option(help=f"Recalibration: {', '.join(RECALIBRATION_MODES)}.", metavar="MODE")
-    ] = "ema",
+    mode: Mode = "ema",
     quick: Quick = False,
     out: Out = None,
 ) -> None:
@@ -257,16 +255,9 @@ def draw(table: pd.DataFrame, path: Any) -> None:
             for again in (False, True):
                 rows = table[(table["network"] == network) & (table["recalibrated"] == again)]
                 rows = rows.set_index("setting").loc[shown]
-                axes.errorbar(
-                    np.arange(len(shown)) + start + (0.14 if again else -0.14),
-                    100 * rows["difference"],
-                    yerr=100 * rows["difference_se"],
-                    color=COLOURS[again],
-                    marker=MARKERS[again],
-                    linestyle="none",
-                    capsize=2,
-                    label=("BatchNorm recalibrated" if again else "as calibrated") if not block else None,
-                )
+                places = np.arange(len(shown)) + start + (0.14 if again else -0.14)
+                label = None if block else "BatchNorm recalibrated" if again else "as calibrated"
+                markers(axes, places, rows["difference"], rows["difference_se"], again, label=label)
             ticks += [start + place for place in range(len(shown))]
             labels += shown
             axes.text(

@@ -12,6 +12,7 @@ import typer
 from sysmt.cli import options
 from sysmt.cli.app import say
 from sysmt.errors import ConfigError, SysmtError, nearest
+from sysmt.study.run_config import RECALIBRATION_MODES
 
 OPTIONS = (
     *options.NETWORK,
@@ -39,6 +40,7 @@ Out = Annotated[
         show_default="results/EXPERIMENT-MODEL",
     ),
 ]
+Mode = Annotated[str, typer.Option(help=f"Recalibration: {', '.join(RECALIBRATION_MODES)}.", metavar="MODE")]
 
 Number = TypeVar("Number", int, float)
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sysmt.study.plots.style import figure
+from sysmt.study.plots.style import COLOURS, MARKERS, figure
 
 
 @contextlib.contextmanager
@@ -33,6 +33,12 @@ def panels(
     with figure(path, width_in=width_in, height_in=height_in) as (drawing, axes):
         axes.remove()
         yield drawing, drawing.subplots(rows, columns, squeeze=False, **more)
+
+
+def markers(axes: Axes, places: Any, shares: Any, errors: Any, index: int, **more: Any) -> None:
+    """Draw shares in [0, 1] as percent with their errors, in the colour and the marker of an index."""
+    style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": "none", "capsize": 2}
+    axes.errorbar(places, 100 * shares, yerr=100 * errors, **(style | more))
 
 
 def legend_below(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from common.networks import Workload
 from sysmt.study.ledger import Ledger
 
 
@@ -43,30 +44,28 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def publish(
     ledger: Ledger,
     name: str,
-    networks: Sequence[str],
-    layout_of: Callable[[str], str],
-    draw: Callable[[Path, str], None],
-    table: pd.DataFrame | None = None,
+    networks: Sequence[Workload],
+    table: pd.DataFrame,
+    layout_of: Callable[[pd.DataFrame, str], str],
+    draw: Callable[[pd.DataFrame, Path, str], None],
 ) -> None:
-    """Write and print what follows from the points.
+    """Write and print what follows from the points of some networks: NAME.md, NAME.png, NAME-2.png ...
 
     Parameters
     ----------
     ledger : Ledger
     name : str
-        Of the files: NAME.csv, NAME.md, NAME.png, NAME-2.png ...
-    networks : sequence of str
+    networks : sequence of Workload
+    table : DataFrame
+        With a column ``network``.
     layout_of : callable
-        Returns one network's part of NAME.md.
+        Takes the table and a network's name; returns that network's part of NAME.md.
     draw : callable
-        Draws one network's plot into a file.
-    table : DataFrame, optional
-        For NAME.csv.
+        Takes that network's rows, a path and its name.
     """
-    if table is not None:
-        ledger.write(f"{name}.csv", table)
-    layout = "\n".join(layout_of(network) for network in networks)
+    layout = "\n".join(layout_of(table, network.name) for network in networks)
     ledger.write_text(f"{name}.md", layout)
     for index, network in enumerate(networks):
-        draw(ledger.path / (f"{name}-{index + 1}.png" if index else f"{name}.png"), network)
+        path = ledger.path / (f"{name}-{index + 1}.png" if index else f"{name}.png")
+        draw(table[table["network"] == network.name], path, network.name)
     print(layout)
