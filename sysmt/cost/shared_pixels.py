@@ -94,8 +94,8 @@ class Windows:
         end = np.full_like(left, across - 1)
         zero = np.zeros_like(left)
         one_row = self._rows.touched(top, top) * self._cols.touched(left, right)
-        # Else a first row from `left` on, whole rows, and a last row up to `right`. What pixel rows the first and
-        # the last alone touch, and what both touch, follows from ranges with and without them.
+        # Else a first row from `left` on, whole rows, and a last row up to `right`. What pixel rows the first
+        # and the last alone touch, and what both touch, follows from ranges with and without them.
         every, whole = self._rows.touched(top, bottom), self._rows.touched(top + 1, bottom - 1)
         first_alone = every - self._rows.touched(top + 1, bottom)
         last_alone = every - self._rows.touched(top, bottom - 1)

@@ -1,9 +1,11 @@
 """SCALE-Sim's files and figures: read as it does, equal to it where both model the same, clear where not."""
 
 import csv
+import io
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from sysmt.errors import ConfigError, OperandError
 from sysmt.hw.timing import tile_count
 from sysmt.scalesim.config_file import read_config
 from sysmt.scalesim.reports import REPORTS, smt_report, smt_row
-from sysmt.scalesim.simulate import draw_operands, read_operands, simulate_layer
+from sysmt.scalesim.simulate import draw_operands, read_matrix, read_operands, simulate_layer
 from sysmt.scalesim.topology_file import read_topology, topology_csv
 
 
@@ -466,6 +468,13 @@ def test_bad_configs_are_named_by_place(tmp_path, old, new, place, what):
     assert what in str(raised.value)
 
 
+def pickled():
+    """A .npy file of Python objects, which only unpickling reads."""
+    file = io.BytesIO()
+    np.save(file, np.array([{}], object), allow_pickle=True)
+    return file.getvalue()
+
+
 # -- operands and reports ----------------------------------------------------------------------------
 
 
@@ -485,6 +494,48 @@ def test_drawn_operands_have_the_densities():
             draw_operands(layer, *wrong)
     odd = draw_operands(Layer.gemm("x", 3, 40, 7, (1, 3)), 1.0, 1.0)[1]
     assert ((odd[:6].reshape(2, 3, 40) != 0).sum(axis=1) == 1).all()
+
+
+def test_operands_are_drawn_block_by_block_and_the_same(monkeypatch):
+    layers = [
+        Layer("x", 9, 10, 3, 3, 17, 33),
+        Layer.gemm("y", 30, 20, 71, (1, 3)),
+        Layer("z", 9, 9, 1, 1, 8, 5),
+    ]
+    whole = [draw_operands(layer, 0.3, 0.6, 3) for layer in layers]
+    monkeypatch.setattr("sysmt.scalesim.simulate.DRAWN_AT_ONCE", 100)
+    for layer, (a, b) in zip(layers, whole, strict=True):
+        again = draw_operands(layer, 0.3, 0.6, 3)
+        np.testing.assert_array_equal(again[0], a)
+        np.testing.assert_array_equal(again[1], b)
+
+
+def test_drawing_takes_little_more_than_the_operands():
+    tracemalloc.start()
+    try:
+        a, b = draw_operands(Layer.gemm("x", 4000, 500, 4000, (2, 4)), 0.5, 1.0)
+        assert tracemalloc.get_traced_memory()[1] < 4 * (a.size + b.size) + 2**26
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"1,2,3\n4,5,6\n", "is no .npy file; save one matrix of integers with numpy.save"),
+        (b"", "is no .npy file"),
+        (b"PK\x03\x04rest", "is a .npz archive"),
+        (b"\x93NUMPY\x01\x00", "holds Python objects or is damaged"),
+        (pickled(), "holds Python objects or is damaged"),
+    ],
+)
+def test_what_is_no_matrix_is_named_and_nobody_is_told_to_unpickle_it(tmp_path, content, what):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(OperandError) as raised:
+        read_matrix(path)
+    assert str(raised.value).startswith(f"{path} {what}")
+    assert "pickle" not in str(raised.value)
 
 
 def test_operands_from_files(tmp_path):
