@@ -45,7 +45,7 @@ sanitize: $(INSTALLED)  ## the kernels' tests under ASan + UBSan, and valgrind w
 	PYTHON=$(CURDIR)/$(BIN)/python tests/sanitize.sh
 
 bench: $(INSTALLED)  ## speed against the targets; tables, CSV and plots in ./results/bench
-	$(BIN)/python experiments/bench.py --out results/bench
+	$(BIN)/python benchmarks/speed.py --out results/bench
 
 rtl: $(INSTALLED)  ## lint, simulate, mutate and synthesise the Verilog; needs verilator, iverilog, yosys
 	$(MAKE) -C rtl PYTHON=$(CURDIR)/$(BIN)/python

@@ -10,28 +10,32 @@ measured side by side.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import experiment
 import numpy as np
 import pandas as pd
 import torch
 import typer
-from experiment import Out, Quick, markdown, percent, signed
-from small_trainings import (
+from common.command import Out, Quick, main, names_in
+from common.ledgers import open_ledger
+from common.panels import legend_below, markers, panels
+from common.points import Key, grid, those_of
+from common.tables import give_or_take, markdown, percent, signed
+from common.trainings import (
+    BatchSize,
     Data,
     Epochs,
     Images,
+    LearningRate,
+    Runs,
     SmallPreset,
     TrainingImages,
-    finish,
     learn,
     open_images,
-    open_small_ledger,
-    parse_list,
+    recipe,
+    train_missing,
 )
 from torch import nn
 
@@ -45,9 +49,8 @@ from sysmt.nn.low_bit.straight_through import (
 )
 from sysmt.nn.networks.models import VGG7
 from sysmt.nn.networks.training import History
-from sysmt.progress import Bar, progress_bar
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, MARKERS, figure
+from sysmt.study.plots.style import COLOURS
 
 KEYS = ("variant", "schedule", "statistics", "run")
 FLOAT, USUAL = "float", "channelwise"
@@ -94,14 +97,14 @@ def final_sample_bn(
     variants: Annotated[str | None, _list_option("Networks", tuple(VARIANTS))] = None,
     statistics: Annotated[str | None, _list_option("BatchNorm statistics", STATISTICS)] = None,
     schedules: Annotated[str | None, _list_option("Learning rate", SCHEDULES)] = None,
-    runs: Annotated[int, typer.Option(help="Trainings of each, seeds 0, 1, ...", min=1)] = 2,
+    runs: Runs = 2,
     epochs: Epochs = None,
     images: TrainingImages = None,
     width: Annotated[
         int | None, typer.Option(help="Channels of the first convolution.", min=1, show_default="16")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images of a batch.", min=2)] = 50,
-    lr: Annotated[float, typer.Option(help="Learning rate, at first.")] = 0.05,
+    batch_size: BatchSize = 50,
+    lr: LearningRate = 0.05,
     quick: Quick = False,
     out: Out = None,
 ) -> None:
@@ -111,30 +114,23 @@ def final_sample_bn(
     pixels = dataclasses.replace(pixels, images=pixels.images - pixels.images % batch_size)
     if not pixels.images:
         raise ConfigError(f"batch_size={batch_size} is more than there are training images")
-    study = Study(
-        pixels,
-        {"epochs": epochs or (4 if quick else 30), "batch_size": batch_size, "lr": lr},
-        width or (8 if quick else 16),
-    )
-    chosen = (
-        parse_list(variants, "variants", (FLOAT, USUAL) if quick else tuple(VARIANTS), tuple(VARIANTS)),
-        parse_list(schedules, "schedules", SCHEDULES[1:] if quick else SCHEDULES, SCHEDULES),
-        parse_list(statistics, "statistics", STATISTICS[:2] if quick else STATISTICS, STATISTICS),
+    study = Study(pixels, recipe(epochs, batch_size, lr, quick), width or (8 if quick else 16))
+    points = grid(
+        KEYS,
+        names_in(variants, "variants", VARIANTS, (FLOAT, USUAL) if quick else VARIANTS),
+        names_in(schedules, "schedules", SCHEDULES, SCHEDULES[1:] if quick else SCHEDULES),
+        names_in(statistics, "statistics", STATISTICS, STATISTICS[:2] if quick else STATISTICS),
         range(runs),
     )
-    points = [dict(zip(KEYS, values, strict=True)) for values in itertools.product(*chosen)]
-    path = out or Path("results") / f"final_sample_bn-{preset or 'digits'}{'-quick' if quick else ''}"
-    settings = {**study.recipe, "width": study.width, "last_tests": LAST_TESTS}
-    with open_small_ledger("final_sample_bn", path, settings, KEYS, pixels) as ledger:
-        with progress_bar("trainings", len(points), "trainings") as bar:
-            for point in points:
-                study.measure(point, ledger, bar)
+    name = "final_sample_bn"
+    with open_ledger(name, [pixels], KEYS, out, preset, quick, **study.settings) as ledger:
+        train_missing(points, ledger, lambda point: study.train(point, ledger))
         summary = summarise(ledger, points)
-        ledger.write("final_sample_bn.csv", summary)
-        layout = layout_of(summary, pixels.title)
-        ledger.write_text("final_sample_bn.md", layout)
-        draw_accuracies(summary, ledger.path / "final_sample_bn.png", pixels.title)
-        draw_curves(tests_of(ledger, points), ledger.path / "curves.png", pixels.title)
+        ledger.write(f"{name}.csv", summary)
+        layout = layout_of(summary, pixels.name)
+        ledger.write_text(f"{name}.md", layout)
+        draw_accuracies(summary, ledger.path / f"{name}.png", pixels.name)
+        draw_curves(tests_of(ledger, points), ledger.path / "curves.png", pixels.name)
         print(layout)
 
 
@@ -147,9 +143,10 @@ class Study:
     width: int
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Every choice that the points depend on besides their keys and the images."""
-        return {**_RECIPE, "milestones": list(_RECIPE["milestones"]), **self.options}
+        milestones = {"milestones": list(_RECIPE["milestones"])}
+        return {**_RECIPE, **milestones, **self.options, "width": self.width, "last_tests": LAST_TESTS}
 
     def network(self, variant: Variant, seed: int) -> nn.Module:
         """Build a network with fresh weights."""
@@ -162,11 +159,8 @@ class Study:
             per_image_standardization(model)
         return model
 
-    def measure(self, point: Mapping[str, Any], ledger: Ledger, bar: Bar) -> None:
-        """Train one network, unless that is done, and note its tests: one after each epoch."""
-        if ledger.has(**point):
-            bar.advance(1)
-            return
+    def train(self, point: Key, ledger: Ledger) -> tuple[dict[str, Any], dict[str, pd.DataFrame], str]:
+        """Train one network, and test it after each epoch."""
         steps = self.images.images // self.options["batch_size"] * self.options["epochs"]
         frozen = point["statistics"] == BatchStatistics.FROZEN
         history = learn(
@@ -191,10 +185,8 @@ class Study:
             "steps": steps,
             "seconds": history.seconds if history else None,
         }
-        ledger.add({**point, **values}, tables={"tests": tests})
-        finish(ledger, point)
         note = f"{percent(last.mean())} %" if history else "did not converge"
-        bar.advance(1, f"{' '.join(str(value) for value in point.values())}: {note}")
+        return values, {"tests": tests}, note
 
 
 def tests_table(history: History | None) -> pd.DataFrame:
@@ -206,13 +198,12 @@ def tests_table(history: History | None) -> pd.DataFrame:
 # -- the results -------------------------------------------------------------------------------
 
 
-def tests_of(ledger: Ledger, points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def tests_of(ledger: Ledger, points: Sequence[Key]) -> pd.DataFrame:
     """Return the tests of the given points."""
-    table = pd.read_csv(ledger.path / "tests.csv")
-    return table.merge(pd.DataFrame(points), on=list(KEYS))
+    return those_of(points, pd.read_csv(ledger.path / "tests.csv"))
 
 
-def summarise(ledger: Ledger, points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def summarise(ledger: Ledger, points: Sequence[Key]) -> pd.DataFrame:
     """Join the runs, as section 3.2 does: the last 3 tests of each run, their mean and deviation.
 
     Returns
@@ -283,7 +274,8 @@ def _cell(here: pd.DataFrame, kind: str, column: str, signs: bool = False) -> st
     mean, deviation = here.loc[kind, column], here.loc[kind, f"{column}_sd"]
     if np.isnan(mean):  # of a gain: one of the two kinds was not measured, or did not converge
         return "" if signs else "did not converge"
-    return (signed(mean) if signs else percent(mean)) + (f" ± {percent(deviation)}" if deviation >= 0 else "")
+    text = signed(mean) if signs else percent(mean)
+    return give_or_take(text, deviation) if deviation >= 0 else text
 
 
 def draw_accuracies(summary: pd.DataFrame, path: Path, title: str) -> None:
@@ -293,10 +285,9 @@ def draw_accuracies(summary: pd.DataFrame, path: Path, title: str) -> None:
     compared = summary[summary["statistics"] != "frozen"]  # which may collapse, and squeeze the rest
     lowest = (compared["top1"] - compared["top1_sd"].fillna(0)).min()
     floor = 0.0 if np.isnan(lowest) else max(0.0, 100 * float(lowest) - 5)
-    with figure(path, width_in=4.2 * len(schedules) + 0.6, height_in=3.4) as (drawing, axes):
-        axes.remove()
-        panels = drawing.subplots(1, len(schedules), sharey=True, squeeze=False)[0]
-        for panel, schedule in zip(panels, schedules, strict=True):
+    width_in = 4.2 * len(schedules) + 0.6
+    with panels(path, width_in, 3.4, columns=len(schedules), sharey=True) as (drawing, (row,)):
+        for panel, schedule in zip(row, schedules, strict=True):
             for index, kind in enumerate(STATISTICS):
                 rows = summary[(summary["schedule"] == schedule) & (summary["statistics"] == kind)]
                 if rows.empty:
@@ -307,23 +298,13 @@ def draw_accuracies(summary: pd.DataFrame, path: Path, title: str) -> None:
                         panel.text(
                             place, floor, f"↓ {top1:.0f}", color=COLOURS[index], ha="center", va="bottom"
                         )
-                panel.errorbar(
-                    places,
-                    100 * rows["top1"],
-                    yerr=100 * rows["top1_sd"].fillna(0),
-                    color=COLOURS[index],
-                    marker=MARKERS[index],
-                    linestyle="none",
-                    capsize=3,
-                    label=LABELS[kind],
-                )
+                markers(panel, places, rows["top1"], rows["top1_sd"].fillna(0), index, label=LABELS[kind])
             panel.set_xticks(range(len(variants)), variants)
             panel.set_xlim(-0.5, len(variants) - 0.5)
             panel.set_ylim(floor, min(100.0, 100 * summary["top1"].max() + 5) if floor else 100)
             panel.set_title(f"{title}: {_rate(schedule)}")
-        panels[0].set_ylabel("test accuracy, %")
-        handles, labels = panels[0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        row[0].set_ylabel("test accuracy, %")
+        legend_below(drawing, row[0])
 
 
 def draw_curves(tests: pd.DataFrame, path: Path, title: str) -> None:
@@ -333,13 +314,12 @@ def draw_curves(tests: pd.DataFrame, path: Path, title: str) -> None:
     quantised = [name for name in (USUAL, *present) if name in present and name != FLOAT][:1]
     variants = [name for name in present if name == FLOAT] + quantised
     floor, top = _floor(tests), 100 * tests["test_top1"].max() + 3
-    size = {"width_in": 4.2 * len(schedules) + 0.6, "height_in": 2.6 * len(variants) + 0.6}
-    with figure(path, **size) as (drawing, axes):
-        axes.remove()
-        panels = drawing.subplots(len(variants), len(schedules), sharex=True, sharey=True, squeeze=False)
+    size = (4.2 * len(schedules) + 0.6, 2.6 * len(variants) + 0.6)
+    shape = (len(variants), len(schedules))
+    with panels(path, *size, *shape, sharex=True, sharey=True) as (drawing, grid_of_panels):
         for row, variant in enumerate(variants):
             for column, schedule in enumerate(schedules):
-                panel = panels[row, column]
+                panel = grid_of_panels[row, column]
                 here = tests[(tests["variant"] == variant) & (tests["schedule"] == schedule)]
                 for index, kind in enumerate(STATISTICS):
                     of_kind = here[here["statistics"] == kind]
@@ -354,12 +334,11 @@ def draw_curves(tests: pd.DataFrame, path: Path, title: str) -> None:
                         )
                 panel.set_title(f"{title}, {variant}: {_rate(schedule)}", fontsize=9)
                 panel.set_ylim(floor, top if floor < top < 100 else 100)
-        for panel in panels[-1]:
+        for panel in grid_of_panels[-1]:
             panel.set_xlabel("epochs")
-        for panel in panels[:, 0]:
+        for panel in grid_of_panels[:, 0]:
             panel.set_ylabel("test accuracy, %")
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        legend_below(drawing, grid_of_panels[0, 0])
 
 
 def _floor(tests: pd.DataFrame) -> float:
@@ -375,4 +354,4 @@ def _rate(schedule: str) -> str:
 
 
 if __name__ == "__main__":
-    experiment.main(final_sample_bn)
+    main(final_sample_bn)

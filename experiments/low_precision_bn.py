@@ -13,13 +13,25 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
-import cromulent
-import experiment
+import low_precision_bn_networks
 import numpy as np
 import torch
 import typer
-from experiment import Out, Preset, Quick, Workload
-from low_precision_bn_results import ALL, FINE_TUNED, FLOAT, KEYS, NOWHERE, RAW, RECALIBRATED, TRAINED, report
+from common.command import Out, Preset, Quick, main, names_in
+from common.ledgers import open_ledger
+from common.networks import Workload, workloads
+from common.points import Key, recalibrated, still_missing
+from low_precision_bn_results import (
+    ALL,
+    FINE_TUNED,
+    FLOAT,
+    KEYS,
+    NOWHERE,
+    RAW,
+    RECALIBRATED,
+    TRAINED,
+    report,
+)
 from torch import nn
 
 from sysmt.cli import options
@@ -83,9 +95,9 @@ QUICK = Plan((4, 32), (FLOAT, "L2", "L4", "U8"), 3, 1, {"L4": 1, "L5": 1}, 1, 50
 def low_precision_bn(
     chosen: dict[str, Any],
     preset: Preset = None,
-    parts: Annotated[str, typer.Option(help=f"Which of {', '.join(PARTS)}.", metavar="LIST")] = ",".join(
-        PARTS
-    ),
+    parts: Annotated[
+        str | None, typer.Option(help=f"Which of {', '.join(PARTS)}.", metavar="LIST", show_default="all")
+    ] = None,
     seeds: Annotated[
         int | None,
         typer.Option(
@@ -99,15 +111,12 @@ def low_precision_bn(
     out: Out = None,
 ) -> None:
     """Train and retrofit networks with BatchNorm of 2 to 8 bits, and measure accuracy and saved bytes."""
-    asked = tuple(part for part in PARTS if part in parts.split(","))
-    unknown = set(parts.split(",")) - set(PARTS)
-    if unknown or not asked:
-        raise ConfigError(f"parts={parts!r} names {', '.join(unknown)}; allowed: {', '.join(PARTS)}")
-    networks = experiment.workloads(chosen, preset, quick, SHARED)
+    asked = names_in(parts, "parts", PARTS, PARTS)
+    networks = workloads(chosen, preset, quick, SHARED)
     changes = {"seeds": seeds, "training_images": training_images}
     changes = {name: value for name, value in changes.items() if value is not None}
     settings = {"training_images": training_images or ("500" if quick else "all")}
-    with experiment.open_ledger("low_precision_bn", networks, KEYS, out, preset, quick, **settings) as ledger:
+    with open_ledger("low_precision_bn", networks, KEYS, out, preset, quick, **settings) as ledger:
         studies = [_Study(network, quick, changes, ledger) for network in networks]
         points = {part: [point for study in studies for point in study.points(part)] for part in asked}
         with progress_bar("low-precision BatchNorm", sum(map(len, points.values())), "points") as bar:
@@ -134,7 +143,7 @@ class _Study:
 
     # -- which points --------------------------------------------------------------------------
 
-    def points(self, part: str) -> list[dict[str, Any]]:
+    def points(self, part: str) -> list[Key]:
         """Return the keys of all points of one part, those that others are compared with first."""
         rows: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
             "figure2": self._figure2,
@@ -184,7 +193,9 @@ class _Study:
         """Return Table 3's networks in small, by name."""
         p, classes = self.data.preprocessing, self.data.num_classes
         return {
-            f"VGG(8), {self.data.name}": lambda: cromulent.vgg(8, classes, p.channels, p.image_size),
+            f"VGG(8), {self.data.name}": lambda: low_precision_bn_networks.vgg(
+                8, classes, p.channels, p.image_size
+            ),
             f"ResNet-8, {self.data.name}": lambda: SmallResNet((1, 1, 1), classes, p.channels, 8),
         }
 
@@ -198,10 +209,7 @@ class _Study:
             "retrofit": self._measure_retrofit,
             "memory": self._measure_memory,
         }
-        for point in self.points(part):
-            if self.ledger.has(**point):
-                bar.advance(1)
-                continue
+        for point in still_missing(self.points(part), self.ledger, bar):
             values, correct = measures[part](point)
             self.ledger.add(point | values, correct)
             bar.advance(1, f"{part} {point['network']} {point['format']}")
@@ -213,7 +221,7 @@ class _Study:
         data = dataclasses.replace(self.data, preprocessing=dataclasses.replace(p, mean=half, std=half))
         inputs = p.channels * p.image_size**2
         return self._train(
-            lambda: cromulent.fully_connected(inputs, point["width"], data.num_classes),
+            lambda: low_precision_bn_networks.fully_connected(inputs, point["width"], data.num_classes),
             data, point, epochs=self.plan.figure2_epochs, lr=0.01, weight_decay=0.0, schedule="constant",
             batch_size=100, augment=False,
         )  # fmt: skip
@@ -255,17 +263,15 @@ class _Study:
         if point["format"] != FLOAT:
             convert_batchnorm(model, point["format"], point["where"])
         what = f"{point['format']} {point['where']} {point['state']}"
-        if point["state"] == RECALIBRATED:
-            with self.subject.recalibrated("ema", config.recalibration_images, point["seed"]):
-                evaluation = self.subject.evaluate(what)
-        else:
-            if point["state"] == FINE_TUNED:
-                by_format = self.plan.fine_tuning_epochs
-                epochs = by_format.get(point["format"], max(by_format.values()))
-                diverged = _diverges(
-                    model, self.data, epochs=epochs, lr=0.01, weight_decay=1e-5, batch_size=config.batch_size,
-                    images=self.plan.training_images, seed=point["seed"],
-                )  # fmt: skip
+        if point["state"] == FINE_TUNED:
+            by_format = self.plan.fine_tuning_epochs
+            epochs = by_format.get(point["format"], max(by_format.values()))
+            diverged = _diverges(
+                model, self.data, epochs=epochs, lr=0.01, weight_decay=1e-5, batch_size=config.batch_size,
+                images=self.plan.training_images, seed=point["seed"],
+            )  # fmt: skip
+        again, images = point["state"] == RECALIBRATED, config.recalibration_images
+        with recalibrated(again, self.subject, "ema", images, point["seed"]):
             evaluation = self.subject.evaluate(what)
         restore_batchnorm(model)
         model.load_state_dict(self._original)
@@ -307,10 +313,10 @@ class _OneLayer(nn.Module):
 MEMORY_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "one BatchNorm layer": _OneLayer,
     "ResNet-20": lambda: build_model("resnet20"),
-    "ResNet-20, pre-activated": lambda: cromulent.pre_activated_resnet(3),
-    "VGG(32)": lambda: cromulent.vgg(32, 10, 3, 32),
+    "ResNet-20, pre-activated": lambda: low_precision_bn_networks.pre_activated_resnet(3),
+    "VGG(32)": lambda: low_precision_bn_networks.vgg(32, 10, 3, 32),
 }
 
 
 if __name__ == "__main__":
-    experiment.main(low_precision_bn)
+    main(low_precision_bn)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from experiment import markdown, percent, signed
+from common.panels import legend_below, markers, panels
+from common.points import joined_seeds, mean_correct, those_of
+from common.tables import give_or_take, markdown, percent, signed
 
 from sysmt.quant.logscale import FORMATS
-from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
 
@@ -27,8 +28,7 @@ def report(ledger: Ledger, points: Mapping[str, Sequence[Mapping[str, Any]]]) ->
     everything = ledger.points()
     layouts = []
     for part, keys in points.items():
-        asked = pd.DataFrame(keys).drop_duplicates()  # networks may share some
-        rows = everything.merge(asked, on=list(KEYS)).dropna(axis="columns", how="all")
+        rows = those_of(keys, everything).dropna(axis="columns", how="all")  # networks may share some
         table = memory_table(rows) if part == "memory" else accuracy_table(rows, ledger)
         ledger.write(f"{part}.csv", table)
         layout, draw = RESULTS[part]
@@ -57,18 +57,9 @@ def accuracy_table(rows: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
         references = [reference | {"seed": seed} for seed in seeds]
         if first["part"] == "retrofit":  # compared with the network as it came
             references = [reference | {"where": NOWHERE, "state": RAW, "seed": 0}] * len(seeds)
-        pairs = [
-            (ledger.correct(**first, seed=seed), ledger.correct(**other))
-            for seed, other in zip(seeds, references, strict=True)
-        ]
-        ours, theirs = (np.mean(column, axis=0, dtype=np.float64) for column in zip(*pairs, strict=True))
-        difference, standard_error = paired_difference(ours, theirs)
-        row = {
-            **first, "seeds": len(seeds), "images": len(ours), "top1": group["top1"].mean(),
-            "top1_seed_sd": group["top1"].std(ddof=1), "difference": difference,
-            "difference_se": standard_error, "diverged": int(group["diverged"].astype(bool).sum()),
-            "epochs": int(group["epochs"].max()),
-        }  # fmt: skip
+        row = first | joined_seeds(group, KEYS, ledger, mean_correct(references, ledger))
+        row["diverged"] = int(group["diverged"].astype(bool).sum())
+        row["epochs"] = int(group["epochs"].max())
         if "train_top1" in group:
             same = rows.merge(pd.DataFrame(references), on=list(KEYS))
             row["train_top1"] = group["train_top1"].mean()
@@ -87,7 +78,7 @@ def memory_table(rows: pd.DataFrame) -> pd.DataFrame:
 def _error(row: pd.Series) -> str:
     cell = percent(1 - row["top1"])
     if row["difference_se"] > 0:
-        cell += f" ({signed(-row['difference'])} ± {percent(row['difference_se'])})"
+        cell += f" ({give_or_take(signed(-row['difference']), row['difference_se'])})"
     return cell + (" diverged" if row["diverged"] else "")
 
 
@@ -172,11 +163,9 @@ def layout_memory(table: pd.DataFrame) -> str:
 
 def draw_figure2(table: pd.DataFrame, path: Path) -> None:
     """Draw the changes in training and test accuracy against the width."""
-    with figure(path, width_in=9.0, height_in=3.8) as (drawing, axes):
-        axes.remove()
-        panels = drawing.subplots(1, 2)
+    with panels(path, 9.0, 3.8, columns=2) as (drawing, (both,)):
         sides = (("training", "train_difference"), ("test", "difference"))
-        for panel, (what, column) in zip(panels, sides, strict=True):
+        for panel, (what, column) in zip(both, sides, strict=True):
             panel.axhline(0, color=FLOAT_GREY, linestyle="--", linewidth=1)
             for (_, fmt), rows in table.groupby(["network", "format"], sort=False):
                 if fmt != FLOAT:
@@ -188,10 +177,8 @@ def draw_figure2(table: pd.DataFrame, path: Path) -> None:
             panel.set_xticks(widths, [str(width) for width in widths])
             panel.set_xlabel("width of the two hidden layers")
             panel.set_title(f"{what} accuracy against float BatchNorm")
-        panels[0].set_ylabel("change, points")
-        handles, labels = panels[0].get_legend_handles_labels()
-        shown = dict(zip(labels, handles, strict=True))
-        drawing.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown))
+        both[0].set_ylabel("change, points")
+        legend_below(drawing, both[0])
 
 
 def draw_table3(table: pd.DataFrame, path: Path) -> None:
@@ -202,10 +189,7 @@ def draw_table3(table: pd.DataFrame, path: Path) -> None:
         for index, network in enumerate(networks):
             rows = table[table["network"] == network]
             places = [formats.index(fmt) + 0.14 * (index - (len(networks) - 1) / 2) for fmt in rows["format"]]
-            axes.errorbar(
-                places, 100 * (1 - rows["top1"]), yerr=100 * rows["difference_se"], color=COLOURS[index],
-                marker=MARKERS[index], linestyle="none", capsize=3, label=network,
-            )  # fmt: skip
+            markers(axes, places, 1 - rows["top1"], rows["difference_se"], index, label=network)
             floats = 100 * (1 - float(rows.loc[rows["format"] == FLOAT, "top1"].iloc[0]))
             axes.axhline(floats, color=COLOURS[index], linestyle="--", linewidth=0.8)
         axes.set_yscale("log")
@@ -219,10 +203,9 @@ def draw_table3(table: pd.DataFrame, path: Path) -> None:
 def draw_retrofit(table: pd.DataFrame, path: Path) -> None:
     """Draw what retrofitting adds to the error, a panel per network."""
     networks = list(table["network"].unique())
-    with figure(path, width_in=max(5.5, 4.5 * len(networks)), height_in=3.8) as (drawing, axes):
-        axes.remove()
-        panels = drawing.subplots(1, len(networks), squeeze=False)[0]
-        for panel, network in zip(panels, networks, strict=True):
+    width_in = max(5.5, 4.5 * len(networks))
+    with panels(path, width_in, 3.8, columns=len(networks)) as (drawing, (row,)):
+        for panel, network in zip(row, networks, strict=True):
             here = table[(table["network"] == network) & (table["format"] != FLOAT)]
             places = list(dict.fromkeys(zip(here["format"], here["where"], strict=True)))
             panel.axhline(0, color=FLOAT_GREY, linestyle="--", linewidth=1, label="float")
@@ -232,20 +215,16 @@ def draw_retrofit(table: pd.DataFrame, path: Path) -> None:
             for index, state in enumerate((RAW, RECALIBRATED, FINE_TUNED)):
                 rows = here[here["state"] == state]
                 spots = [places.index(spot) for spot in zip(rows["format"], rows["where"], strict=True)]
-                panel.errorbar(
-                    np.array(spots) + 0.15 * (index - 1), -100 * rows["difference"],
-                    yerr=100 * rows["difference_se"], color=COLOURS[index], marker=MARKERS[index],
-                    linestyle="none", capsize=3, label=state,
-                )  # fmt: skip
+                shifted = np.array(spots) + 0.15 * (index - 1)
+                markers(panel, shifted, -rows["difference"], rows["difference_se"], index, label=state)
             panel.set_xticks(
                 range(len(places)),
                 [f"{fmt}\n{where.replace(' ', chr(10), 1)}" for fmt, where in places],
                 fontsize=7,
             )
             panel.set_title(network)
-        panels[0].set_ylabel("added test error, points (± s.e.)")
-        handles, labels = panels[0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=3)
+        row[0].set_ylabel("added test error, points (± s.e.)")
+        legend_below(drawing, row[0], 3)
 
 
 def draw_memory(table: pd.DataFrame, path: Path) -> None:

@@ -1,7 +1,8 @@
 """What each squeezing policy costs: nine policies x 2T and 4T x reordering on and off.
 
-The policies are those of the NB-SMT paper (Shomron and Weiser, MICRO 2020), whose reordering
-seed 003's experiments leave off. Every layer is compared with itself at one thread on the same input.
+The policies are those of the NB-SMT paper (Shomron and Weiser, MICRO 2020); the experiments of
+"Post-Training BatchNorm Recalibration" leave its reordering off. Every layer is compared with itself at one
+thread on the same input.
 """
 
 from __future__ import annotations
@@ -10,64 +11,56 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import experiment
 import pandas as pd
-from experiment import Out, Preset, Quick, Workload, markdown, percent
+from common.command import OPTIONS, Out, Preset, Quick, main
+from common.ledgers import open_ledger
+from common.networks import Workload, workloads
+from common.panels import legend_below, panels
+from common.points import Key, compared, measure_float, still_missing
+from common.tables import give_or_take, markdown, percent, publish
 from matplotlib.axes import Axes
 
 from sysmt.cli.options import takes
 from sysmt.config import Policy
 from sysmt.progress import Bar, progress_bar
-from sysmt.study.evaluate import array_facts, paired_difference
+from sysmt.study.evaluate import array_facts
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS
 
 KEYS = ("network", "policy", "threads", "reorder")
 FLOAT = "float"
 SHARED = ("resnet20",)
 
 
-@takes(*(name for name in experiment.OPTIONS if name not in ("policy", "recalibration_images")))
+@takes(*(name for name in OPTIONS if name not in ("policy", "recalibration_images")))
 def policies(chosen: dict[str, Any], preset: Preset = None, quick: Quick = False, out: Out = None) -> None:
     """Measure every policy at 2T and 4T, with and without reordering: accuracy, MSE and SQNR."""
-    networks = experiment.workloads(chosen, preset, quick, SHARED)
-    with experiment.open_ledger("policies", networks, KEYS, out, preset, quick) as ledger:
+    networks = workloads(chosen, preset, quick, SHARED)
+    with open_ledger("policies", networks, KEYS, out, preset, quick) as ledger:
         with progress_bar("policies", len(networks) * len(points_of("")), "points") as bar:
             for network in networks:
                 measure(network, ledger, bar)
-        points = ledger.points()
-        layout = "\n".join(layout_of(points, network.name) for network in networks)
-        ledger.write_text("policies.md", layout)
-        for index, network in enumerate(networks):
-            name = "policies.png" if not index else f"policies-{index + 1}.png"
-            draw(points[points["network"] == network.name], ledger.path / name, network.name)
-        print(layout)
+        publish(ledger, "policies", networks, ledger.points(), layout_of, draw)
 
 
-def points_of(network: str) -> list[dict[str, Any]]:
+def points_of(network: str) -> list[Key]:
     """Return the keys of all points of one network, the float network first and then one thread."""
-    alone = [
-        {"network": network, "policy": policy, "threads": threads, "reorder": False}
-        for policy, threads in ((FLOAT, 0), ("exact", 1))
-    ]
-    return alone + [
-        {"network": network, "policy": policy.value, "threads": threads, "reorder": reorder}
+    alone = [(network, FLOAT, 0, False), (network, "exact", 1, False)]
+    squeezed = [
+        (network, policy.value, threads, reorder)
         for threads, reorder, policy in itertools.product((2, 4), (False, True), Policy)
     ]
+    return [dict(zip(KEYS, point, strict=True)) for point in alone + squeezed]
 
 
 def measure(network: Workload, ledger: Ledger, bar: Bar) -> None:
     """Measure what is missing of one network."""
     points = points_of(network.name)
-    missing = [point for point in points if not ledger.has(**point)]
-    bar.advance(len(points) - len(missing))
+    missing = still_missing(points, ledger, bar)
     if not missing:
         return
     subject = network.open(ledger)
-    if missing[0]["threads"] == 0:
-        evaluation = subject.evaluate(FLOAT)
-        ledger.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
-        bar.advance(1)
+    measure_float(missing, subject, ledger, bar)
     reference = ledger.correct(**points[0])
     with subject.on_array(network.config.seed, reorder=True, errors=True) as sim:
         for point in missing:
@@ -77,14 +70,12 @@ def measure(network: Workload, ledger: Ledger, bar: Bar) -> None:
             sim.reorder = point["reorder"]
             what = f"{point['policy']} {point['threads']}T{' reordered' if point['reorder'] else ''}"
             evaluation = subject.evaluate(what)
-            difference, standard_error = paired_difference(evaluation.correct, reference)
             layers = sim.report()
             simulated = layers[layers["threads"] > 0]
             values = {
                 **point,
                 **evaluation.to_record(),
-                "difference": difference,
-                "difference_se": standard_error,
+                **compared(evaluation.correct, reference),
                 # Layers differ in scale: the mean over layers of dB weighs them alike, that of MSE does not.
                 "mse": simulated["mse"].mean(),
                 "sqnr_db": simulated["sqnr_db"].mean(),
@@ -110,7 +101,7 @@ def layout_of(points: pd.DataFrame, network: str) -> str:
         for threads, reorder in itertools.product((2, 4), (False, True)):
             point = indexed.loc[(policy.value, threads, reorder)]
             row += [
-                f"{percent(point['top1'])} ± {100 * point['difference_se']:.2f}",
+                give_or_take(percent(point["top1"]), point["difference_se"]),
                 f"{point['sqnr_db']:.1f}",
                 f"{point['mse']:.2e}",
             ]
@@ -125,9 +116,7 @@ def layout_of(points: pd.DataFrame, network: str) -> str:
 
 def draw(points: pd.DataFrame, path: Path, title: str) -> None:
     """Draw accuracy and SQNR by policy, side by side."""
-    with figure(path, width_in=9.0, height_in=3.4) as (drawing, axes):
-        axes.remove()
-        left, right = drawing.subplots(1, 2)
+    with panels(path, 9.0, 3.4, columns=2) as (drawing, ((left, right),)):
         accuracy = 100 * float(points.loc[points["threads"] == 0, "top1"].iloc[0])
         left.axhline(accuracy, color=FLOAT_GREY, linestyle="--", linewidth=1, label=f"float, {accuracy:.2f}")
         _by_policy(left, points, "top1", 100, errors=True)
@@ -135,8 +124,7 @@ def draw(points: pd.DataFrame, path: Path, title: str) -> None:
         left.set_title(title)
         _by_policy(right, points, "sqnr_db", 1, errors=False)
         right.set_ylabel("SQNR against one thread, dB")
-        handles, labels = left.get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        legend_below(drawing, left)
 
 
 def _by_policy(axes: Axes, points: pd.DataFrame, column: str, factor: float, errors: bool) -> None:
@@ -161,4 +149,4 @@ def _by_policy(axes: Axes, points: pd.DataFrame, column: str, factor: float, err
 
 
 if __name__ == "__main__":
-    experiment.main(policies)
+    main(policies)

@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import experiment
 import pandas as pd
-import torch
 import typer
-from experiment import Out, Preset, Quick, Workload, markdown, percent
+from common.command import OPTIONS, Mode, Out, Preset, Quick, main, numbers_in
+from common.ledgers import open_ledger, slug
+from common.networks import Workload, workloads
+from common.panels import panels
+from common.points import Key, compared, grid, recalibrated, still_missing
+from common.tables import give_or_take, markdown, percent, publish
 from matplotlib.axes import Axes
 from torch import nn
 
@@ -27,10 +30,9 @@ from sysmt.nn.networks.checkpoints import load_weights, save_weights
 from sysmt.nn.networks.pruning import make_permanent, prune_model, sparsity_report
 from sysmt.nn.networks.training import train
 from sysmt.progress import Bar, progress_bar
-from sysmt.study.evaluate import array_facts, paired_difference
+from sysmt.study.evaluate import array_facts
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.run_config import RECALIBRATION_MODES
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS
 
 KEYS = ("network", "retrained", "sparsity", "setting", "recalibrated")
 THREADS = {"FP32": 0, "A8W8": 1, "2T": 2, "4T": 4}
@@ -45,7 +47,7 @@ TOO_MANY_IMAGES = 100_000
 """From this size on a training set is not retrained on unless ``--epochs`` says so: a CPU would take days."""
 
 
-@takes(*experiment.OPTIONS)
+@takes(*OPTIONS)
 def pruning_collisions(
     chosen: dict[str, Any],
     preset: Preset = None,
@@ -69,14 +71,12 @@ def pruning_collisions(
         ),
     ] = None,
     lr: Annotated[float, typer.Option(help="Largest learning rate of retraining.")] = 0.01,
-    mode: Annotated[
-        str, typer.Option(help=f"Recalibration: {', '.join(RECALIBRATION_MODES)}.", metavar="MODE")
-    ] = "ema",
+    mode: Mode = "ema",
     quick: Quick = False,
     out: Out = None,
 ) -> None:
     """Measure collisions, utilization and accuracy of networks pruned to 0 .. 80 %."""
-    networks = experiment.workloads(chosen, preset, quick, SHARED, recalibration_images=4096)
+    networks = workloads(chosen, preset, quick, SHARED, recalibration_images=4096)
     plan = {
         False: _parse(sparsities, "sparsities") if sparsities else QUICK_SPARSITIES if quick else SPARSITIES,
         True: _parse(schedule, "schedule") if epochs != 0 else (),
@@ -88,7 +88,7 @@ def pruning_collisions(
         "mode": mode,
     }
     name = "pruning_collisions"
-    with experiment.open_ledger(name, networks, KEYS, out, preset, quick, **settings) as ledger:
+    with open_ledger(name, networks, KEYS, out, preset, quick, **settings) as ledger:
         total = len(networks) * sum(map(len, plan.values())) * len(THREADS) * 2
         with progress_bar("pruning", total, "points") as bar:
             for network in networks:
@@ -100,19 +100,11 @@ def pruning_collisions(
         # The directory may hold other sparsities from before, and not all points of them.
         asked = [(flag, sparsity) for flag, shares in plan.items() for sparsity in shares]
         points = points[[pair in asked for pair in zip(points["retrained"], points["sparsity"], strict=True)]]
-        layout = "\n".join(layout_of(points, network.name) for network in networks)
-        ledger.write_text("pruning_collisions.md", layout)
-        for index, network in enumerate(networks):
-            file = "pruning_collisions.png" if not index else f"pruning_collisions-{index + 1}.png"
-            draw(points[points["network"] == network.name], ledger.path / file, network.name)
-        print(layout)
+        publish(ledger, name, networks, points, layout_of, draw)
 
 
 def _parse(text: str, name: str) -> tuple[float, ...]:
-    try:
-        shares = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{name}={text!r} is no list of shares, such as 0.1,0.2,0.4") from None
+    shares = numbers_in(text, name, float, "0.1,0.2,0.4")
     if list(shares) != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] < 1:
         raise ConfigError(f"{name}={text!r} must ascend and lie in [0, 1)")
     return shares
@@ -126,19 +118,13 @@ class _Study:
         self.subject = network.open(ledger)
         self._unpruned = copy.deepcopy(self.subject.model.state_dict())
 
-    def points(self, retrained: bool, sparsity: float) -> list[dict[str, Any]]:
+    def points(self, retrained: bool, sparsity: float) -> list[Key]:
         """Return the keys of all points of one pruned network."""
-        return [
-            dict(zip(KEYS, (self.network.name, retrained, sparsity, setting, recalibrated), strict=True))
-            for setting in THREADS
-            for recalibrated in (False, True)
-        ]
+        return grid(KEYS, [self.network.name], [retrained], [sparsity], THREADS, (False, True))
 
     def measure(self, retrained: bool, sparsity: float, state: Mapping[str, Any] | None = None) -> None:
         """Measure what is missing of one pruned network: `state`, or the original one pruned in one step."""
-        points = self.points(retrained, sparsity)
-        missing = [point for point in points if not self.ledger.has(**point)]
-        self.bar.advance(len(points) - len(missing))
+        missing = still_missing(self.points(retrained, sparsity), self.ledger, self.bar)
         if not missing:
             return
         model = self.subject.model
@@ -157,28 +143,22 @@ class _Study:
                 sim.set_threads(THREADS[point["setting"]])
                 self._add(point, sim)
 
-    def _add(self, point: dict[str, Any], sim: Simulation | None) -> None:
+    def _add(self, point: Key, sim: Simulation | None) -> None:
         config = self.network.config
         what = f"{point['sparsity']:.0%}{' retrained' if point['retrained'] else ''} {point['setting']}"
-        if point["recalibrated"]:
-            with self.subject.recalibrated(self.mode, config.recalibration_images, config.seed):
-                evaluation = self._evaluate(what, sim)
-        else:
-            evaluation = self._evaluate(what, sim)
+        images, again = config.recalibration_images, point["recalibrated"]
+        with recalibrated(again, self.subject, self.mode, images, config.seed):
+            if sim:
+                sim.reset()
+            evaluation = self.subject.evaluate(what)
         values = {**point, "threads": THREADS[point["setting"]], **evaluation.to_record()}
         values["zero_weights"] = _zero_share(self.subject.model, sim)
         reference = self.points(False, 0.0)[0]
         if self.ledger.has(**reference):
-            compared = paired_difference(evaluation.correct, self.ledger.correct(**reference))
-            values["difference"], values["difference_se"] = compared
+            values |= compared(evaluation.correct, self.ledger.correct(**reference))
         values |= array_facts(sim) if sim else {}
         self.ledger.add(values, evaluation.correct)
         self.bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
-
-    def _evaluate(self, what: str, sim: Simulation | None) -> Any:
-        if sim:
-            sim.reset()
-        return self.subject.evaluate(what)
 
     def retrain(self, schedule: Sequence[float], epochs: int | None, lr: float) -> None:
         """Prune and retrain step by step, measuring each step; resumes within a step."""
@@ -189,11 +169,10 @@ class _Study:
         state = self._unpruned
         for step, sparsity in enumerate(schedule):
             # Not prune_and_retrain: each step's own checkpoint lets a killed training go on.
-            weights = self.ledger.path / f"{_file_name(self.network.name)}-pruned-{100 * sparsity:.0f}.pt"
+            weights = self.ledger.path / f"{slug(self.network.name)}-pruned-{100 * sparsity:.0f}.pt"
             model.load_state_dict(state)
             if not weights.is_file():
                 training = weights.with_name(f"{weights.stem}-training.pt")
-                model.to(memory_format=torch.channels_last)  # trains a third faster on a CPU
                 prune_model(model, sparsity)
                 train(
                     model,
@@ -205,7 +184,6 @@ class _Study:
                     checkpoint=training,
                 )
                 make_permanent(model)
-                model.to(memory_format=torch.contiguous_format)
                 save_weights(model, weights, {"model": config.model, "sparsity": sparsity})
                 training.unlink()
             load_weights(model, weights)
@@ -226,10 +204,6 @@ def _zero_share(model: nn.Module, sim: Simulation | None) -> float | None:
         return None
     report = sparsity_report(model).set_index("name").loc[[layer.name for layer in sim.simulated()]]
     return float(report["zeros"].sum() / report["weights"].sum())
-
-
-def _file_name(name: str) -> str:
-    return "".join(sign if sign.isalnum() else "-" for sign in name.lower())
 
 
 # -- the results -------------------------------------------------------------------------------
@@ -261,14 +235,12 @@ def layout_of(points: pd.DataFrame, network: str) -> str:
 
 def _cell(point: pd.Series) -> str:
     error = point.get("difference_se", float("nan"))
-    return percent(point["top1"]) + (f" ± {100 * error:.2f}" if error > 0 else "")
+    return give_or_take(percent(point["top1"]), error) if error > 0 else percent(point["top1"])
 
 
 def draw(points: pd.DataFrame, path: Path, title: str) -> None:
     """Draw collisions and utilization against sparsity, and accuracy at 2T and at 4T beside them."""
-    with figure(path, width_in=10.5, height_in=3.8) as (drawing, axes):
-        axes.remove()
-        slots, *accuracies = drawing.subplots(1, 3)
+    with panels(path, 10.5, 3.8, columns=3) as (_, ((slots, *accuracies),)):
         plain = points[~points["recalibrated"]]
         for index, setting in enumerate(("2T", "4T")):
             rows = plain[plain["setting"] == setting]
@@ -312,4 +284,4 @@ def _lines(
 
 
 if __name__ == "__main__":
-    experiment.main(pruning_collisions)
+    main(pruning_collisions)

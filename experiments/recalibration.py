@@ -12,18 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import experiment
-import numpy as np
 import pandas as pd
 import typer
-from experiment import Out, Preset, Quick, Workload, markdown, percent
+from common.command import OPTIONS, Out, Preset, Quick, main, numbers_in
+from common.ledgers import open_ledger
+from common.networks import Workload, workloads
+from common.panels import legend_below, markers, panels
+from common.points import Key, joined_seeds, measure_float, recalibrated, still_missing, those_of
+from common.tables import markdown, percent, publish
 
 from sysmt.cli.options import takes
 from sysmt.errors import ConfigError
 from sysmt.progress import Bar, progress_bar
-from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import FLOAT_GREY
 from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "threads", "mode", "recalibration_images", "seed")
@@ -33,7 +35,7 @@ NONE = "none"
 SHARED = ("resnet20",)
 
 
-@takes(*(name for name in experiment.OPTIONS if name != "recalibration_images"))
+@takes(*(name for name in OPTIONS if name != "recalibration_images"))
 def recalibration(
     chosen: dict[str, Any],
     preset: Preset = None,
@@ -48,9 +50,9 @@ def recalibration(
     out: Out = None,
 ) -> None:
     """Measure accuracy against the number of recalibration images, for ema, cumulative and final."""
-    networks = experiment.workloads(chosen, preset, quick, SHARED)
+    networks = workloads(chosen, preset, quick, SHARED)
     wanted = _parse(counts) if counts else QUICK_COUNTS if quick else COUNTS
-    with experiment.open_ledger("recalibration", networks, KEYS, out, preset, quick) as ledger:
+    with open_ledger("recalibration", networks, KEYS, out, preset, quick) as ledger:
         points_each = seeds * 2 * (1 + len(wanted) * len(RECALIBRATION_MODES)) + 1
         tables = []
         with progress_bar("recalibration", len(networks) * points_each, "points") as bar:
@@ -59,28 +61,20 @@ def recalibration(
                 tables.append(summarise(ledger, points))
         table = pd.concat(tables, ignore_index=True)
         ledger.write("recalibration.csv", table)
-        layout = "\n".join(layout_of(table, network.name) for network in networks)
-        ledger.write_text("recalibration.md", layout)
-        for index, network in enumerate(networks):
-            name = "recalibration.png" if not index else f"recalibration-{index + 1}.png"
-            draw(table[table["network"] == network.name], ledger.path / name, network.name)
-        print(layout)
+        publish(ledger, "recalibration", networks, table, layout_of, draw)
 
 
 def _parse(text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise ConfigError(f"counts={text!r} is no list of numbers of images, such as 32,128,512") from None
+    counts = tuple(sorted(set(numbers_in(text, "counts", int, "32,128,512"))))
     if counts[0] < 2:
         raise ConfigError(f"counts={text!r} has {counts[0]}; a variance needs 2 images at least")
     return counts
 
 
-def points_of(network: str, counts: Sequence[int], seeds: int) -> list[dict[str, Any]]:
+def points_of(network: str, counts: Sequence[int], seeds: int) -> list[Key]:
     """Return the keys of all points of one network, the float network first."""
 
-    def point(threads: int, mode: str, images: int, seed: int) -> dict[str, Any]:
+    def point(threads: int, mode: str, images: int, seed: int) -> Key:
         return dict(zip(KEYS, (network, threads, mode, images, seed), strict=True))
 
     points = [point(0, NONE, 0, 0)]
@@ -90,21 +84,15 @@ def points_of(network: str, counts: Sequence[int], seeds: int) -> list[dict[str,
     return points
 
 
-def measure(
-    network: Workload, counts: Sequence[int], seeds: int, ledger: Ledger, bar: Bar
-) -> list[dict[str, Any]]:
+def measure(network: Workload, counts: Sequence[int], seeds: int, ledger: Ledger, bar: Bar) -> list[Key]:
     """Measure what is missing of one network, and return the keys of all its points."""
     subject = network.open(ledger)
     # More images than there are would be measured again and again.
     available = subject.data.images("train")
     counts = sorted({min(count, available) for count in counts})
     points = points_of(network.name, counts, seeds)
-    missing = [point for point in points if not ledger.has(**point)]
-    bar.advance(len(points) - len(missing))
-    if missing and missing[0]["threads"] == 0:
-        evaluation = subject.evaluate("float")
-        ledger.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
-        bar.advance(1)
+    missing = still_missing(points, ledger, bar)
+    measure_float(missing, subject, ledger, bar)
     for seed in range(seeds):
         here = [point for point in missing if point["seed"] == seed]
         if not here:
@@ -112,12 +100,10 @@ def measure(
         with subject.on_array(seed) as sim:
             for point in here:
                 sim.set_threads(point["threads"])
-                what = f"{point['threads']}T {point['mode']} {point['recalibration_images']}"
-                if point["mode"] == NONE:
+                mode, images = point["mode"], point["recalibration_images"]
+                what = f"{point['threads']}T {mode} {images}"
+                with recalibrated(mode != NONE, subject, mode, images, seed):
                     evaluation = subject.evaluate(what)
-                else:
-                    with subject.recalibrated(point["mode"], point["recalibration_images"], seed):
-                        evaluation = subject.evaluate(what)
                 ledger.add(point | evaluation.to_record(), evaluation.correct)
                 bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
     return points
@@ -139,23 +125,9 @@ def summarise(ledger: Ledger, points: Sequence[Mapping[str, Any]]) -> pd.DataFra
         paired by image, each image counting with its mean over the seeds.
     """
     rows = []
-    chosen = ledger.points().merge(pd.DataFrame(points), on=list(KEYS))
-    for key, group in chosen.groupby(list(KEYS[:-1]), sort=False):
+    for key, group in those_of(points, ledger.points()).groupby(list(KEYS[:-1]), sort=False):
         reference = ledger.correct(network=key[0], threads=0, mode=NONE, recalibration_images=0, seed=0)
-        keys = group[list(KEYS)].to_dict("records")
-        hits = np.mean([ledger.correct(**one) for one in keys], axis=0, dtype=np.float64)
-        difference, standard_error = paired_difference(hits, reference)
-        rows.append(
-            {
-                **dict(zip(KEYS, key, strict=False)),
-                "seeds": len(group),
-                "images": len(reference),
-                "top1": group["top1"].mean(),
-                "top1_seed_sd": group["top1"].std(ddof=1),
-                "difference": difference,
-                "difference_se": standard_error,
-            }
-        )
+        rows.append(dict(zip(KEYS, key, strict=False)) | joined_seeds(group, KEYS, ledger, reference))
     return pd.DataFrame(rows)
 
 
@@ -183,26 +155,18 @@ def layout_of(table: pd.DataFrame, network: str) -> str:
 
 def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     """Draw accuracy against the number of images, a panel per thread count."""
-    with figure(path, width_in=8.0, height_in=3.4) as (drawing, axes):
-        axes.remove()
-        panels = drawing.subplots(1, 2, sharey=True)
+    with panels(path, 8.0, 3.4, columns=2, sharey=True) as (drawing, (both,)):
         accuracy = 100 * float(table.loc[table["threads"] == 0, "top1"].iloc[0])
-        for threads, panel in zip((2, 4), panels, strict=True):
+        for threads, panel in zip((2, 4), both, strict=True):
             rows = table[table["threads"] == threads]
             without = 100 * float(rows.loc[rows["mode"] == NONE, "top1"].iloc[0])
             panel.axhline(accuracy, color=FLOAT_GREY, linestyle="--", linewidth=1, label="float")
             panel.axhline(without, color=FLOAT_GREY, linestyle=":", linewidth=1.4, label="not recalibrated")
             for index, mode in enumerate(RECALIBRATION_MODES):
                 line = rows[rows["mode"] == mode].sort_values("recalibration_images")
-                panel.errorbar(
-                    line["recalibration_images"] * (1 + 0.05 * (index - 1)),  # side by side
-                    100 * line["top1"],
-                    yerr=100 * line["top1_seed_sd"].fillna(0),
-                    color=COLOURS[index],
-                    marker=MARKERS[index],
-                    capsize=2,
-                    label=mode,
-                )
+                places = line["recalibration_images"] * (1 + 0.05 * (index - 1))  # side by side
+                errors = line["top1_seed_sd"].fillna(0)
+                markers(panel, places, line["top1"], errors, index, linestyle="-", label=mode)
             panel.set_xscale("log", base=2)
             counts = sorted(rows.loc[rows["mode"] != NONE, "recalibration_images"].unique())
             crowded = len(counts) > 1 and counts[-1] < 1.5 * counts[-2]
@@ -210,10 +174,9 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
             panel.set_xticks(ticks, [str(count) for count in ticks], fontsize=7)
             panel.set_xlabel("training images")
             panel.set_title(f"{title}, {threads}T", fontsize=9)
-        panels[0].set_ylabel("top-1 accuracy, %")
-        handles, labels = panels[0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        both[0].set_ylabel("top-1 accuracy, %")
+        legend_below(drawing, both[0])
 
 
 if __name__ == "__main__":
-    experiment.main(recalibration)
+    main(recalibration)

@@ -1,6 +1,6 @@
 """The search for threads per layer against random, greedy and uniform choices, with as many evaluated points.
 
-Seed 003 leaves open "which layers are best to decelerate, and how much". Every method gets the same
+The paper leaves open "which layers are best to decelerate, and how much". Every method gets the same
 number of points on the same images, several times with other calibration images, draws and
 refinements. Half of the test images, others in each repetition, are held out: a method picks its front
 by the accuracy on the first half, and what counts is the hypervolume of the picked points' speedup
@@ -10,23 +10,23 @@ and their accuracy on the second.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import experiment
 import pandas as pd
 import typer
-from experiment import Preset, Quick, Workload, markdown, percent
+from common.command import OPTIONS, Out, Preset, Quick, main
+from common.ledgers import open_studies, teller
+from common.networks import Workload, workloads
+from common.tables import give_or_take, markdown, percent, signed
 
 from sysmt.cli.app import say
 from sysmt.cli.options import takes
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.pareto import Reference, held_out_hypervolume, hypervolume, share_covered
 from sysmt.study.plots.study import plot_accuracy_speedup, plot_hypervolume, plot_sensitivities, plot_threads
-from sysmt.study.run_directory import provenance
 from sysmt.study.search import BASELINES, SEARCH, SearchConfig, choose, front_table, run_baselines, run_search
-from sysmt.study.store import LAYER, Point, Store
+from sysmt.study.store import LAYER, Store
 from sysmt.study.sweep import Bench, uniform
 from sysmt.study.thread_maps import write_threads_map
 from sysmt.study.worker import Worker
@@ -35,12 +35,12 @@ SHARED = ("resnet20", "resnet32")
 TARGET_SPEEDUP = 3.0
 
 
-@takes(*(name for name in experiment.OPTIONS if name not in ("policy", "seed")))
+@takes(*(name for name in OPTIONS if name not in ("policy", "seed")))
 def search_vs_baselines(
     chosen: dict[str, Any],
     preset: Preset = None,
     quick: Quick = False,
-    out: experiment.Out = None,
+    out: Out = None,
     evaluations: Annotated[int, typer.Option(help="Evaluated points of each method and seed.")] = 40,
     seeds: Annotated[int, typer.Option(help="How often the comparison is made.")] = 3,
     recalibrate: Annotated[
@@ -54,11 +54,9 @@ def search_vs_baselines(
     ] = 0.5,
 ) -> None:
     """Compare the search's hypervolume with random, greedy and uniform thread maps; find a 3x network."""
-    networks = experiment.workloads(chosen, preset, quick, SHARED)
+    networks = workloads(chosen, preset, quick, SHARED)
     evaluations, seeds = (12, 1) if quick else (evaluations, seeds)
-    path = out or Path("results") / f"search-vs-baselines{'-quick' if quick else ''}"
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "made_by.txt").write_text("".join(f"{k} = {v}\n" for k, v in provenance().items()))
+    path = open_studies("search_vs_baselines", out, quick)
     texts, curves, targets = [], [], []
     total = len(networks) * seeds * (3 * evaluations + 3)
     with progress_bar("points of all methods", total, "points") as bar:
@@ -102,10 +100,7 @@ def compare(network: Workload, config: SearchConfig, held_out: float, path: Path
     bench = Bench(dataclasses.replace(network.config, seed=config.seed), held_out)
     name = f"{network.key}, seed {config.seed}, recalibrate {config.recalibrate}"
     store = Store(path / "study.db", name, facts=bench.facts(), layers=bench.layers)
-
-    def on_point(point: Point, measured: Mapping[str, Any]) -> None:
-        bar.advance(1, f"{name}: {measured['speedup']:.2f}x {100 * measured['top1']:.1f} %")
-
+    on_point = teller(bar, name)
     sensitivities = run_search(bench, store, config, on_point)
     run_baselines(bench, store, config, BASELINES, on_point)
     points = {method: store.table(method) for method in (SEARCH, *BASELINES)}
@@ -211,7 +206,7 @@ def layout_of(found: pd.DataFrame) -> str:
             row["recalibrate"],
             f"{row['speedup']:.2f}x",
             percent(row["top1"]),
-            f"{100 * row['top1_difference']:+.2f} ± {100 * row['top1_difference_se']:.2f}",
+            give_or_take(signed(row["top1_difference"]), row["top1_difference_se"]),
             f"{row['loss']:.4f}",
         ]
         for row in found.to_dict("records")
@@ -230,4 +225,4 @@ def draw(network: Workload, run: Run, curve: pd.DataFrame, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    experiment.main(search_vs_baselines)
+    main(search_vs_baselines)

@@ -1,6 +1,6 @@
 """Does BatchNorm win back the SQNR that 8-bit convolutions lose?  Q format and squeezed threads together.
 
-Seed 002 ("Batch Normalization: A different perspective from Quantized Inference Model") quantises the
+The article "Batch Normalization: A different perspective from Quantized Inference Model" quantises the
 first convolution and BatchNorm of ResNet-50 and finds 25.58 dB at the input, -4.4 dB after the
 convolution and 20.98 dB after BatchNorm. Here every convolution runs in Q format on the array, at one, two
 and four threads and with formats of 8, 6 and 4 bits, and three ratios are told apart: of all values, of
@@ -11,16 +11,21 @@ network's, or regathered under the noise. The article's shifts round down; "roun
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import experiment
 import numpy as np
 import pandas as pd
 import typer
-from experiment import Out, Preset, Quick, Workload, markdown, percent, signed
+from common.command import OPTIONS, Out, Preset, Quick, main, numbers_in
+from common.ledgers import open_ledger
+from common.networks import Workload, workloads
+from common.panels import legend_below, panels
+from common.points import Key, compared, grid, measure_float, recalibrated, still_missing, those_of
+from common.tables import give_or_take, markdown, percent, publish, signed
 from matplotlib.axes import Axes
 
 from sysmt.cli.options import takes
@@ -30,7 +35,7 @@ from sysmt.progress import Bar, progress_bar
 from sysmt.quant.error import sqnr_db
 from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS
 from sysmt.study.workload import Subject
 
 KEYS = ("network", "bits", "threads", "run")
@@ -55,10 +60,10 @@ RATIOS = {
     "curve_sqnr_db": "channel means",
 }
 ARTICLE = {"input": 25.58, "conv": -4.4, "bn": 20.98}
-"""What seed 002 measured, dB."""
+"""What the article measured, dB."""
 
 
-@takes(*experiment.OPTIONS)
+@takes(*OPTIONS)
 def sqnr(
     chosen: dict[str, Any],
     preset: Preset = None,
@@ -69,37 +74,31 @@ def sqnr(
     out: Out = None,
 ) -> None:
     """Measure SQNR through input, convolution and BatchNorm of every layer, at 1T, 2T and 4T."""
-    networks = experiment.workloads(chosen, preset, quick, SHARED)
+    networks = workloads(chosen, preset, quick, SHARED)
     widths = _parse(bits) if bits else BITS[:1] if quick else BITS
-    with experiment.open_ledger("sqnr", networks, KEYS, out, preset, quick, mode=MODE) as ledger:
+    with open_ledger("sqnr", networks, KEYS, out, preset, quick, mode=MODE) as ledger:
         points = [point for network in networks for point in points_of(network.name, widths)]
         with progress_bar("sqnr", len(points), "points") as bar:
             for network in networks:
                 measure(network, widths, ledger, bar)
         pairs = pd.concat([pairs_of(ledger, points, network.name) for network in networks], ignore_index=True)
         ledger.write("sqnr.csv", pairs)
-        layout = "\n".join(layout_of(ledger, pairs, points, network.name) for network in networks)
-        ledger.write_text("sqnr.md", layout)
-        for index, network in enumerate(networks):
-            name = "sqnr.png" if not index else f"sqnr-{index + 1}.png"
-            draw(ledger, pairs[pairs["network"] == network.name], ledger.path / name, network.name, widths[0])
-        print(layout)
+        layout = functools.partial(layout_of, ledger=ledger, points=points)
+        plot = functools.partial(draw, ledger=ledger, bits=widths[0])
+        publish(ledger, "sqnr", networks, pairs, layout, plot)
 
 
 def _parse(text: str) -> tuple[int, ...]:
-    try:
-        widths = tuple(sorted({int(part) for part in text.split(",")}, reverse=True))
-    except ValueError:
-        raise ConfigError(f"bits={text!r} is no list of widths, such as 8,6,4") from None
+    widths = tuple(sorted(set(numbers_in(text, "bits", int, "8,6,4")), reverse=True))
     if not 2 <= widths[-1] <= widths[0] <= 8:
         raise ConfigError(f"bits={text!r} must lie in 2 .. 8, what the array's operands hold")
     return widths
 
 
-def points_of(network: str, widths: Sequence[int]) -> list[dict[str, Any]]:
+def points_of(network: str, widths: Sequence[int]) -> list[Key]:
     """Return the keys of all points of one network, the float network first."""
-    runs = itertools.product(widths, THREADS, (PLAIN, RECALIBRATED, ISOLATED, ROUNDED))
-    return [dict(zip(KEYS, (network, *rest), strict=True)) for rest in ((0, 0, FLOAT), *runs)]
+    runs = (PLAIN, RECALIBRATED, ISOLATED, ROUNDED)
+    return grid(KEYS, [network], [0], [0], [FLOAT]) + grid(KEYS, [network], widths, THREADS, runs)
 
 
 # -- the measurements --------------------------------------------------------------------------
@@ -108,15 +107,11 @@ def points_of(network: str, widths: Sequence[int]) -> list[dict[str, Any]]:
 def measure(network: Workload, widths: Sequence[int], ledger: Ledger, bar: Bar) -> None:
     """Measure what is missing of one network."""
     points = points_of(network.name, widths)
-    missing = [point for point in points if not ledger.has(**point)]
-    bar.advance(len(points) - len(missing))
+    missing = still_missing(points, ledger, bar)
     if not missing:
         return
     subject = network.open(ledger)
-    if missing[0]["run"] == FLOAT:
-        evaluation = subject.evaluate(FLOAT)
-        ledger.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
-        bar.advance(1)
+    measure_float(missing, subject, ledger, bar)
     reference = ledger.correct(**points[0])
     array = network.config.array().replace(threads=1)
     for width, rounding in itertools.product(widths, ("floor", "nearest")):
@@ -134,7 +129,7 @@ def measure(network: Workload, widths: Sequence[int], ledger: Ledger, bar: Bar) 
 
 
 def _measure_point(
-    point: dict[str, Any],
+    point: Key,
     q: QNetwork,
     subject: Subject,
     network: Workload,
@@ -149,13 +144,10 @@ def _measure_point(
         stages = q.compare(test, isolated=True)
         ledger.add(point, tables=_tables(q, stages))
         return
-    if point["run"] == RECALIBRATED:
-        with subject.recalibrated(MODE, config.recalibration_images, config.seed):
-            stages, evaluation = q.compare(test), subject.evaluate(what)
-    else:
+    again = point["run"] == RECALIBRATED
+    with recalibrated(again, subject, MODE, config.recalibration_images, config.seed):
         stages, evaluation = q.compare(test), subject.evaluate(what)
-    difference, standard_error = paired_difference(evaluation.correct, reference)
-    values = {**evaluation.to_record(), "difference": difference, "difference_se": standard_error}
+    values = evaluation.to_record() | compared(evaluation.correct, reference)
     ledger.add(point | values, evaluation.correct, _tables(q, stages))
 
 
@@ -178,7 +170,7 @@ def _table(ledger: Ledger, name: str) -> pd.DataFrame:
     return pd.read_csv(ledger.path / f"{name}.csv", keep_default_na=False, na_values=["nan", ""])
 
 
-def pairs_of(ledger: Ledger, points: Sequence[dict[str, Any]], network: str) -> pd.DataFrame:
+def pairs_of(ledger: Ledger, points: Sequence[Key], network: str) -> pd.DataFrame:
     """Join each BatchNorm with the convolution it follows.
 
     Returns
@@ -188,7 +180,7 @@ def pairs_of(ledger: Ledger, points: Sequence[dict[str, Any]], network: str) -> 
         ``won`` = bn - conv and ``won_exact``; ``mean_error_conv`` and ``mean_error_bn`` in steps of their
         formats; ``collision_rate``; ``first``, whether it is the network's first pair.
     """
-    stages = _table(ledger, "stages").merge(pd.DataFrame(points), on=list(KEYS))
+    stages = those_of(points, _table(ledger, "stages"))
     stages = stages[stages["network"] == network]
     rows = []
     for key, here in stages.groupby(list(KEYS), sort=False):
@@ -220,10 +212,10 @@ def pairs_of(ledger: Ledger, points: Sequence[dict[str, Any]], network: str) -> 
     return pd.DataFrame(rows)
 
 
-def layout_of(ledger: Ledger, pairs: pd.DataFrame, points: Sequence[dict[str, Any]], network: str) -> str:
+def layout_of(pairs: pd.DataFrame, network: str, ledger: Ledger, points: Sequence[Key]) -> str:
     """Lay out one network's results: the first pair by stages, all pairs by what BatchNorm won, accuracy."""
     here = pairs[pairs["network"] == network]
-    measured = ledger.points().merge(pd.DataFrame(points), on=list(KEYS)).set_index(list(KEYS))
+    measured = those_of(points, ledger.points()).set_index(list(KEYS))
     runs = list(dict.fromkeys(zip(here["bits"], here["threads"], strict=True)))
 
     first = here[here["first"] & here["run"].isin([PLAIN, RECALIBRATED])]
@@ -256,7 +248,7 @@ def layout_of(ledger: Ledger, pairs: pd.DataFrame, points: Sequence[dict[str, An
         row += [f"{percent(measured.loc[key, 'top1'])}" for key in keys]
         plain, again = (ledger.correct(**dict(zip(KEYS, key, strict=True))) for key in keys)
         gain, error = paired_difference(again, plain)
-        row.append(f"{signed(gain)} ± {100 * error:.2f}")
+        row.append(give_or_take(signed(gain), error))
         row.append(percent(measured.loc[(network, bits, threads, ROUNDED), "top1"]))
         rows.append(row)
     whole = markdown(header, rows)
@@ -277,7 +269,7 @@ def _spread(values: pd.Series) -> str:
     return f"{values.mean():+.1f} ± {values.std(ddof=0):.1f}"
 
 
-def draw(ledger: Ledger, pairs: pd.DataFrame, path: Path, title: str, bits: int) -> None:
+def draw(pairs: pd.DataFrame, path: Path, title: str, ledger: Ledger, bits: int) -> None:
     """Draw the article's figures for the first pair, and what BatchNorm wins at every pair."""
     channels = _table(ledger, "channels")
     here = channels[
@@ -287,19 +279,16 @@ def draw(ledger: Ledger, pairs: pd.DataFrame, path: Path, title: str, bits: int)
     ]
     first = pairs[pairs["first"] & (pairs["bits"] == bits) & (pairs["run"] == PLAIN)]
     conv, bn = first[["follows", "layer"]].iloc[0]
-    with figure(path, width_in=11.5, height_in=6.0) as (drawing, axes):
-        axes.remove()
-        panels = drawing.subplots(2, 3, height_ratios=[3, 2])
+    with panels(path, 11.5, 6.0, rows=2, columns=3, height_ratios=[3, 2]) as (drawing, (above, below)):
         for column, (layer, stage) in enumerate(((conv, "conv"), (bn, "bn"))):
             curves = here[(here["layer"] == layer) & (here["stage"] == stage)]
-            _curves(panels[0, column], panels[1, column], curves)
-            panels[0, column].set_title(f"{title}: {layer}, {bits} bits" if not column else layer)
-        panels[0, 0].set_ylabel("mean of each channel")
-        panels[1, 0].set_ylabel("quantised minus float")
-        _through_the_stages(panels[0, 2], first)
-        _won(panels[1, 2], pairs, bits)
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower left", ncols=4)
+            _curves(above[column], below[column], curves)
+            above[column].set_title(f"{title}: {layer}, {bits} bits" if not column else layer)
+        above[0].set_ylabel("mean of each channel")
+        below[0].set_ylabel("quantised minus float")
+        _through_the_stages(above[2], first)
+        _won(below[2], pairs, bits)
+        legend_below(drawing, above[0], 4, "outside lower left")
 
 
 def _curves(above: Axes, below: Axes, curves: pd.DataFrame) -> None:
@@ -353,4 +342,4 @@ def _won(axes: Axes, pairs: pd.DataFrame, bits: int) -> None:
 
 
 if __name__ == "__main__":
-    experiment.main(sqnr)
+    main(sqnr)

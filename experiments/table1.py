@@ -7,23 +7,27 @@ statistics of each BatchNorm layer moved. Rows marked † leave the layer with t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-import experiment
 import numpy as np
 import pandas as pd
 import typer
-from experiment import Out, Preset, Quick, Workload, markdown, percent, signed
+from common.command import OPTIONS, Mode, Out, Preset, Quick, main
+from common.ledgers import open_ledger
+from common.networks import Workload, workloads
+from common.panels import markers
+from common.points import Key, compared, joined_seeds, mean_correct, recalibrated, still_missing
+from common.tables import give_or_take, markdown, percent, signed
 
 from sysmt.cli.options import takes
 from sysmt.nn.array.simulation import Simulation
 from sysmt.progress import Bar, progress_bar
-from sysmt.study.evaluate import array_facts, paired_difference
+from sysmt.study.evaluate import array_facts
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, MARKERS, figure
-from sysmt.study.run_config import RECALIBRATION_MODES
+from sysmt.study.plots.style import figure
 from sysmt.study.thread_maps import measure_errors, throttle
 from sysmt.study.workload import Subject
 
@@ -35,20 +39,18 @@ ERROR_IMAGES = 512
 SHARED = ("resnet20", "resnet32", "resnet20-jpeg", "resnet18-tiny")
 
 
-@takes(*experiment.OPTIONS)
+@takes(*OPTIONS)
 def table1(
     chosen: dict[str, Any],
     preset: Preset = None,
     seeds: Annotated[int, typer.Option(help="Calibration seeds: 0, 1, ...", min=1)] = 3,
-    mode: Annotated[
-        str, typer.Option(help=f"Recalibration: {', '.join(RECALIBRATION_MODES)}.", metavar="MODE")
-    ] = "ema",
+    mode: Mode = "ema",
     quick: Quick = False,
     out: Out = None,
 ) -> None:
     """Reproduce Table 1: networks down, FP32, A8W8, 2T and 4T without and with recalibration across."""
-    networks = experiment.workloads(chosen, preset, quick, SHARED, recalibration_images=4096)
-    with experiment.open_ledger("table1", networks, KEYS, out, preset, quick, mode=mode) as ledger:
+    networks = workloads(chosen, preset, quick, SHARED, recalibration_images=4096)
+    with open_ledger("table1", networks, KEYS, out, preset, quick, mode=mode) as ledger:
         total = len(networks) * len(list(points_of("", seeds)))
         with progress_bar("table 1", total, "points") as bar:
             for network in networks:
@@ -61,21 +63,17 @@ def table1(
         print(layout)
 
 
-def points_of(network: str, seeds: int) -> Iterator[dict[str, Any]]:
+def points_of(network: str, seeds: int) -> Iterator[Key]:
     """Yield the keys of all points of one network; float without recalibration has no seed to vary."""
-    for seed in range(seeds):
-        for setting in THREADS:
-            for recalibrated in (False, True):
-                if setting == "FP32" and not recalibrated and seed:
-                    continue
-                yield {"network": network, "setting": setting, "recalibrated": recalibrated, "seed": seed}
+    for seed, setting, again in itertools.product(range(seeds), THREADS, (False, True)):
+        if setting != "FP32" or again or not seed:
+            yield dict(zip(KEYS, (network, setting, again, seed), strict=True))
 
 
 def measure(network: Workload, seeds: int, mode: str, ledger: Ledger, bar: Bar) -> None:
     """Measure what is missing of one network."""
     points = list(points_of(network.name, seeds))
-    missing = [point for point in points if not ledger.has(**point)]
-    bar.advance(len(points) - len(missing))
+    missing = still_missing(points, ledger, bar)
     if not missing:
         return
     subject = network.open(ledger)
@@ -112,35 +110,27 @@ class _Measurer:
         self._subject, self._mode, self._ledger, self._bar = subject, mode, ledger, bar
 
     def add(self, point: Mapping[str, Any], sim: Simulation | None) -> None:
-        tables = {}
-        what = f"{point['network']} {point['setting']}"
-        if point["recalibrated"]:
-            images = self._subject.config.recalibration_images
-            with self._subject.recalibrated(self._mode, images, point["seed"]) as report:
-                tables["shifts"] = report.to_frame()
-                evaluation = self._evaluate(f"{what} recalibrated", sim)
-        else:
-            evaluation = self._evaluate(what, sim)
+        subject, again = self._subject, point["recalibrated"]
+        what = f"{point['network']} {point['setting']}{' recalibrated' if again else ''}"
+        images = subject.config.recalibration_images
+        with recalibrated(again, subject, self._mode, images, point["seed"]) as report:
+            tables = {"shifts": report.to_frame()} if report else {}
+            if sim:
+                sim.reset()
+            evaluation = subject.evaluate(what)
         reference = point | {"setting": "FP32", "recalibrated": False, "seed": 0}
         is_reference = all(point[key] == reference[key] for key in KEYS)
         float_correct = evaluation.correct if is_reference else self._ledger.correct(**reference)
-        difference, standard_error = paired_difference(evaluation.correct, float_correct)
         values = {
             **{key: point[key] for key in KEYS},
             "threads": THREADS[point["setting"]],
             "throttled": point.get("throttled", ""),
             **evaluation.to_record(),
-            "difference": difference,
-            "difference_se": standard_error,
+            **compared(evaluation.correct, float_correct),
             **(array_facts(sim) if sim else {}),
         }
         self._ledger.add(values, evaluation.correct, tables)
         self._bar.advance(1, f"{what}: {percent(evaluation.top1)} %")
-
-    def _evaluate(self, what: str, sim: Simulation | None) -> Any:
-        if sim:
-            sim.reset()
-        return self._subject.evaluate(what)
 
 
 # -- the table ---------------------------------------------------------------------------------
@@ -166,40 +156,27 @@ def summarise(ledger: Ledger, networks: Sequence[str], seeds: int) -> pd.DataFra
     points = ledger.points()
     points = points[points["network"].isin(networks) & (points["seed"] < seeds)]
     rows = []
-    for (network, setting, recalibrated), group in points.groupby(list(KEYS[:3]), sort=False):
+    for (network, setting, again), group in points.groupby(list(KEYS[:3]), sort=False):
         base = {"network": network, "setting": setting, "recalibrated": False}
         reference = ledger.correct(network=network, setting="FP32", recalibrated=False, seed=0)
-        hits = _mean_hits(ledger, group)
-        difference, difference_se = paired_difference(hits, reference)
-        gain = gain_se = math.nan
-        if recalibrated:
+        gain = {"gain": math.nan, "gain_se": math.nan}
+        if again:
             without = points[(points[list(base)] == pd.Series(base)).all(axis=1)]
-            gain, gain_se = paired_difference(hits, _mean_hits(ledger, without))
+            both = (mean_correct(some[list(KEYS)].to_dict("records"), ledger) for some in (group, without))
+            gain = compared(*both, "gain")
         rows.append(
             {
                 "network": network,
                 "setting": setting,
-                "recalibrated": recalibrated,
-                "seeds": len(group),
-                "images": len(reference),
-                "top1": group["top1"].mean(),
-                "top1_seed_sd": group["top1"].std(ddof=1),
-                "difference": difference,
-                "difference_se": difference_se,
-                "gain": gain,
-                "gain_se": gain_se,
+                "recalibrated": again,
+                **joined_seeds(group, KEYS, ledger, reference),
+                **gain,
                 "speedup": group["speedup"].mean(),
                 "collision_rate": group["collision_rate"].mean(),
                 "throttled": " ".join(sorted(set(group["throttled"].fillna("")))).strip(),
             }
         )
     return pd.DataFrame(rows)
-
-
-def _mean_hits(ledger: Ledger, points: pd.DataFrame) -> np.ndarray:
-    """Mean over points, image by image, of whether the image was classified correctly."""
-    keys = points[list(KEYS)].to_dict("records")
-    return np.mean([ledger.correct(**key) for key in keys], axis=0, dtype=np.float64)
 
 
 def paper_layout(table: pd.DataFrame) -> str:
@@ -221,7 +198,7 @@ def paper_layout(table: pd.DataFrame) -> str:
 def _cell(row: pd.Series, is_reference: bool) -> str:
     if is_reference:
         return percent(row["top1"])
-    return f"{percent(row['top1'])} ({signed(row['difference'])} ± {100 * row['difference_se']:.2f})"
+    return f"{percent(row['top1'])} ({give_or_take(signed(row['difference']), row['difference_se'])})"
 
 
 def _notes(table: pd.DataFrame) -> str:
@@ -242,7 +219,7 @@ def _notes(table: pd.DataFrame) -> str:
         rows.append(
             [
                 f"{row.network}, {row.setting}",
-                f"{signed(row.gain)} ± {100 * row.gain_se:.2f}",
+                give_or_take(signed(row.gain), row.gain_se),
                 _spread(plain["top1_seed_sd"]),
                 _spread(row.top1_seed_sd),
                 f"{row.speedup:.2f}x" if row.speedup == row.speedup else "-",
@@ -278,16 +255,9 @@ def draw(table: pd.DataFrame, path: Any) -> None:
             for again in (False, True):
                 rows = table[(table["network"] == network) & (table["recalibrated"] == again)]
                 rows = rows.set_index("setting").loc[shown]
-                axes.errorbar(
-                    np.arange(len(shown)) + start + (0.14 if again else -0.14),
-                    100 * rows["difference"],
-                    yerr=100 * rows["difference_se"],
-                    color=COLOURS[again],
-                    marker=MARKERS[again],
-                    linestyle="none",
-                    capsize=2,
-                    label=("BatchNorm recalibrated" if again else "as calibrated") if not block else None,
-                )
+                places = np.arange(len(shown)) + start + (0.14 if again else -0.14)
+                label = None if block else "BatchNorm recalibrated" if again else "as calibrated"
+                markers(axes, places, rows["difference"], rows["difference_se"], again, label=label)
             ticks += [start + place for place in range(len(shown))]
             labels += shown
             axes.text(
@@ -306,4 +276,4 @@ def draw(table: pd.DataFrame, path: Any) -> None:
 
 
 if __name__ == "__main__":
-    experiment.main(table1)
+    main(table1)

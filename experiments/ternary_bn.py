@@ -11,28 +11,32 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import experiment
 import pandas as pd
 import torch.nn.functional as F
 import typer
-from experiment import Out, Quick, markdown, percent
-from small_trainings import (
+from common.command import Out, Quick, main, names_in
+from common.ledgers import open_ledger
+from common.panels import legend_below, panels
+from common.points import Key, grid, those_of
+from common.tables import markdown, percent
+from common.trainings import (
+    BatchSize,
     Data,
     Epochs,
     Images,
+    LearningRate,
+    Runs,
     SmallPreset,
     TrainingImages,
-    finish,
     learn,
     open_images,
-    open_small_ledger,
-    parse_list,
+    recipe,
+    train_missing,
 )
 from torch import nn
 from torch.nn.utils import parametrize
@@ -46,9 +50,8 @@ from sysmt.nn.low_bit.straight_through import (
     remove_batchnorm,
 )
 from sysmt.nn.networks.models import VGG7, MobileNetV1, SmallResNet
-from sysmt.progress import Bar, progress_bar
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, figure
+from sysmt.study.plots.style import COLOURS
 
 KEYS = ("network", "column", "seed")
 
@@ -120,11 +123,11 @@ def ternary_bn(
         str | None,
         typer.Option(help=f"A list of {', '.join(NETWORKS)}.", metavar="LIST", show_default="all"),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each, seeds 0, 1, ...", min=1)] = 1,
+    seeds: Runs = 1,
     epochs: Epochs = None,
     images: TrainingImages = None,
-    batch_size: Annotated[int, typer.Option(help="Images of a batch; the paper's have 100.", min=2)] = 50,
-    lr: Annotated[float, typer.Option(help="Learning rate, at first.")] = 0.1,
+    batch_size: BatchSize = 50,
+    lr: LearningRate = 0.1,
     scaled: Annotated[
         bool,
         typer.Option("--scaled", help="Ternary weights times TWN's scale, which the equations leave out."),
@@ -140,30 +143,20 @@ def ternary_bn(
 ) -> None:
     """Train ternary networks with and without BatchNorm, by two thresholds."""
     pixels = open_images(data, preset, 400 if quick and images is None else images, MEAN, STD)
-    study = Study(
-        pixels,
-        {"epochs": epochs or (4 if quick else 30), "batch_size": batch_size, "lr": lr},
-        scaled,
-        all_layers,
-        full_width,
-    )
-    chosen = parse_list(networks, "networks", QUICK_NETWORKS if quick else tuple(NETWORKS), tuple(NETWORKS))
-    points = [
-        dict(zip(KEYS, values, strict=True)) for values in itertools.product(chosen, COLUMNS, range(seeds))
-    ]
-    path = out or Path("results") / f"ternary_bn-{preset or 'digits'}{'-quick' if quick else ''}"
-    with open_small_ledger("ternary_bn", path, study.settings, KEYS, pixels) as ledger:
-        with progress_bar("trainings", len(points), "trainings") as bar:
-            for point in points:
-                study.measure(point, ledger, bar)
-        table = ledger.points().merge(pd.DataFrame(points), on=list(KEYS))
-        gradients = pd.read_csv(ledger.path / "gradients.csv").merge(pd.DataFrame(points), on=list(KEYS))
-        summary = summarise(table, gradients)
-        ledger.write("ternary_bn.csv", summary)
-        layout = layout_of(summary, pixels.title)
-        ledger.write_text("ternary_bn.md", layout)
-        draw_gradients(gradients, ledger.path / "gradients.png", pixels.title)
-        draw_curves(ledger, points, ledger.path / "curves.png", pixels.title)
+    study = Study(pixels, recipe(epochs, batch_size, lr, quick), scaled, all_layers, full_width)
+    chosen = names_in(networks, "networks", NETWORKS, QUICK_NETWORKS if quick else NETWORKS)
+    points = grid(KEYS, chosen, COLUMNS, range(seeds))
+    name = "ternary_bn"
+    with open_ledger(name, [pixels], KEYS, out, preset, quick, **study.settings) as ledger:
+        train_missing(points, ledger, lambda point: study.train(point, ledger))
+        gradients = those_of(points, pd.read_csv(ledger.path / "gradients.csv"))
+        summary = summarise(those_of(points, ledger.points()), gradients)
+        ledger.write(f"{name}.csv", summary)
+        layout = layout_of(summary, pixels.name)
+        ledger.write_text(f"{name}.md", layout)
+        draw_gradients(gradients, ledger.path / "gradients.png", pixels.name)
+        tests = those_of(points, pd.read_csv(ledger.path / "tests.csv"))
+        draw_curves(tests, ledger.path / "curves.png", pixels.name)
         print(layout)
 
 
@@ -196,11 +189,8 @@ class Study:
         quantize_network(model, TernaryWeight(column.threshold, self.scaled), first=both, last=both)
         return model
 
-    def measure(self, point: Mapping[str, Any], ledger: Ledger, bar: Bar) -> None:
-        """Measure gradients, train, and note both, unless that is done."""
-        if ledger.has(**point):
-            bar.advance(1)
-            return
+    def train(self, point: Key, ledger: Ledger) -> tuple[dict[str, Any], dict[str, pd.DataFrame], str]:
+        """Measure one network's gradients, and train it."""
         column = COLUMNS[point["column"]]
         model = self.network(point["network"], column, point["seed"])
         gradients = self.gradients(model, column, point["seed"])
@@ -222,11 +212,8 @@ class Study:
             "zero_weights": zero_share(model),
             "seconds": history.seconds if history else math.nan,
         }
-        kept = ["epoch", "loss", "test_top1"]
-        ledger.add({**point, **values}, tables={"gradients": gradients, "tests": tests[kept]})
-        finish(ledger, point)
-        note = f"{percent(best)} %" if converged else "did not converge"
-        bar.advance(1, f"{point['network']} {point['column']}: {note}")
+        tables = {"gradients": gradients, "tests": tests[["epoch", "loss", "test_top1"]]}
+        return values, tables, f"{percent(best)} %" if converged else "did not converge"
 
     def gradients(self, model: nn.Module, column: Column, seed: int) -> pd.DataFrame:
         """Measure the gradients' variance of a fresh network on one batch, and predict it.
@@ -341,10 +328,9 @@ def draw_gradients(gradients: pd.DataFrame, path: Path, title: str) -> None:
     """Draw the gradients' variance by depth: lines with markers measured, dashed and dotted predicted."""
     first = gradients[gradients["seed"] == gradients["seed"].min()]
     networks = list(dict.fromkeys(first["network"]))
-    with figure(path, width_in=3.6 * len(networks) + 0.8, height_in=3.9) as (drawing, axes):
-        axes.remove()
-        panels = drawing.subplots(1, len(networks), squeeze=False)[0]
-        for panel, network in zip(panels, networks, strict=True):
+    width_in = 3.6 * len(networks) + 0.8
+    with panels(path, width_in, 3.9, columns=len(networks)) as (drawing, (row,)):
+        for panel, network in zip(row, networks, strict=True):
             for index, (name, column) in enumerate(COLUMNS.items()):
                 rows = first[(first["network"] == network) & (first["column"] == name)]
                 colour = COLOURS[index]
@@ -356,21 +342,18 @@ def draw_gradients(gradients: pd.DataFrame, path: Path, title: str) -> None:
             panel.set_yscale("log")
             panel.set_xlabel("layer")
             panel.set_title(f"{network}, {title}")
-        panels[0].set_ylabel("variance of the gradients before training")
-        panels[-1].plot([], [], color="black", linestyle="--", linewidth=1, label="predicted: (6), (13)")
-        panels[-1].plot([], [], color="black", linestyle=":", linewidth=1, label="(13) without the mean")
-        handles, labels = panels[-1].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=3)
+        row[0].set_ylabel("variance of the gradients before training")
+        row[-1].plot([], [], color="black", linestyle="--", linewidth=1, label="predicted: (6), (13)")
+        row[-1].plot([], [], color="black", linestyle=":", linewidth=1, label="(13) without the mean")
+        legend_below(drawing, row[-1], 3)
 
 
-def draw_curves(ledger: Ledger, points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+def draw_curves(tests: pd.DataFrame, path: Path, title: str) -> None:
     """Draw test accuracy over the epochs, a panel per network."""
-    tests = pd.read_csv(ledger.path / "tests.csv").merge(pd.DataFrame(points), on=list(KEYS))
     networks = list(dict.fromkeys(tests["network"]))
-    with figure(path, width_in=3.4 * len(networks) + 0.8, height_in=3.2) as (drawing, axes):
-        axes.remove()
-        panels = drawing.subplots(1, len(networks), sharey=True, squeeze=False)[0]
-        for panel, network in zip(panels, networks, strict=True):
+    width_in = 3.4 * len(networks) + 0.8
+    with panels(path, width_in, 3.2, columns=len(networks), sharey=True) as (drawing, (row,)):
+        for panel, network in zip(row, networks, strict=True):
             for index, (name, column) in enumerate(COLUMNS.items()):
                 rows = tests[(tests["network"] == network) & (tests["column"] == name)]
                 # Networks that do not converge lie on one another.
@@ -382,10 +365,9 @@ def draw_curves(ledger: Ledger, points: Sequence[Mapping[str, Any]], path: Path,
             panel.set_xlabel("epochs")
             panel.set_title(f"{network}, {title}")
             panel.set_ylim(0, 100)
-        panels[0].set_ylabel("test accuracy, %")
-        handles, labels = panels[0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        row[0].set_ylabel("test accuracy, %")
+        legend_below(drawing, row[0])
 
 
 if __name__ == "__main__":
-    experiment.main(ternary_bn)
+    main(ternary_bn)

@@ -11,9 +11,12 @@ from typing import Any, Literal, TypeVar
 
 from sysmt.errors import ConfigError, nearest
 
-__all__ = ["THREAD_COUNTS", "ArrayConfig", "Drain", "Engine", "Policy", "Rounding"]
+__all__ = ["LARGEST_SIDE", "THREAD_COUNTS", "ArrayConfig", "Drain", "Engine", "Policy", "Rounding"]
 
 THREAD_COUNTS = (1, 2, 4)
+
+LARGEST_SIDE = 65_536
+"""Most rows, and most columns, of an array."""
 
 
 class Policy(StrEnum):
@@ -91,8 +94,8 @@ def parse_name(kind: type[_Name], value: object, field: str) -> _Name:
         raise ConfigError(f"{field}={value!r} is unknown{hint}; allowed: {', '.join(allowed)}") from None
 
 
-def parse_count(value: object, field: str, minimum: int = 1) -> int:
-    """Turn an integer-like value into an int of at least `minimum`; raise `ConfigError` otherwise."""
+def parse_count(value: object, field: str, minimum: int = 1, maximum: int | None = None) -> int:
+    """Turn an integer-like value into an int from `minimum` to `maximum`; raise `ConfigError` otherwise."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -103,6 +106,8 @@ def parse_count(value: object, field: str, minimum: int = 1) -> int:
         ) from None
     if count < minimum:
         raise ConfigError(f"{field}={count} is too small; it must be at least {minimum}")
+    if maximum is not None and count > maximum:
+        raise ConfigError(f"{field}={count} is too large; it must be at most {maximum:,}")
     return count
 
 
@@ -164,9 +169,9 @@ class ArrayConfig:
     Attributes
     ----------
     rows : int
-        PE rows R, at least 1. A tile holds R rows (m) of the output.
+        PE rows R, 1 to 65,536. A tile holds R rows (m) of the output.
     cols : int
-        PE columns C, at least 1. A tile holds C columns (n) of the output.
+        PE columns C, 1 to 65,536. A tile holds C columns (n) of the output.
     threads : int
         Threads per PE T: 1, 2 or 4. K is cut into T contiguous chunks.
     policy : Policy
@@ -197,8 +202,8 @@ class ArrayConfig:
         def put(field: str, value: object) -> None:
             object.__setattr__(self, field, value)
 
-        put("rows", parse_count(self.rows, "rows"))
-        put("cols", parse_count(self.cols, "cols"))
+        put("rows", parse_count(self.rows, "rows", maximum=LARGEST_SIDE))
+        put("cols", parse_count(self.cols, "cols", maximum=LARGEST_SIDE))
         put("threads", parse_threads(self.threads))
         put("policy", parse_name(Policy, self.policy, "policy"))
         put("drain", parse_name(Drain, self.drain, "drain"))

@@ -36,6 +36,8 @@ def test_nine_policies():
         ({"threads": True}, r"True"),
         ({"rows": 0}, r"rows=0.*at least 1"),
         ({"cols": -1}, r"cols=-1"),
+        ({"rows": 65537}, r"rows=65537 is too large; it must be at most 65,536"),
+        ({"cols": 10**20}, r"cols=1.*at most 65,536"),
         ({"rows": 1.5}, r"1.5.*float"),
         ({"policy": "S+B"}, r"S\+B.*allowed.*S\+Aw"),
         ({"policy": "s+a"}, r"did you mean"),

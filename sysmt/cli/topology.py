@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,12 +126,14 @@ def topology(
     from sysmt.study.run_directory import RunDirectory
 
     machine = read_config(config)
-    layers = read_topology(topology)
+    network = read_topology(topology)
+    network.check_values()
+    layers = network.layers
     table = load_table(energy)
     memory = dataclasses.replace(machine.memory, output_bytes=output_bytes)
     array = ArrayConfig(machine.rows, machine.cols, parse_threads(threads), drain=drain, **chosen)
     workers = (os.cpu_count() or 1) if cpu_threads is None else parse_count(cpu_threads, "cpu_threads")
-    for note in machine.notes:
+    for note in (*machine.notes, *network.notes):
         say(note, "dim")
     where = (out or Path("scalesim")) / machine.run_name
     directory = RunDirectory(where, overwrite=overwrite, stale=(*REPORTS, _SMT, _COUNTS))
@@ -175,32 +178,43 @@ def _export(model: str, image_size: int | None, out: Path | None) -> None:
 
 
 def _print_results(results: list[LayerResult], unit: str) -> None:
+    """Print a row for each line of the topology: the channels of a depthwise layer are added up."""
+    from sysmt.scalesim.topology_file import depthwise_name
+
     energy_title = "energy\nuJ" if unit == "pj" else f"energy\n{unit}"
-    header = ["layer", "M\n", "N\n", "K\n", "cycles\n", "stall\ncycles", "speedup\n", "collisions\n%"]
-    header += ["utilization\n%", "DRAM\nbytes", energy_title]
+    stalls = results[0].memory.bandwidth is not None
+    header = ["layer", "M\n", "N\n", "K\n", "cycles\n", "stall\ncycles", "speedup\n"]
+    header += ["speedup without\nstalls"] if stalls else []
+    header += ["collisions\n%", "utilization\n%", "DRAM\nbytes", energy_title]
     scale = 1e-6 if unit == "pj" else 1.0
 
     def row(name: str, sizes: list[str], some: list[LayerResult]) -> list[str]:
         stats = sum((result.stats for result in some[1:]), some[0].stats)
         moved = sum(result.events.dram_reads + result.events.dram_writes for result in some)
+        cycles, compute_cycles, stall_cycles = (
+            sum(getattr(result.traffic, name) for result in some)
+            for name in ("cycles", "compute_cycles", "stall_cycles")
+        )
+        before = [result.single_thread_traffic for result in some]
+        speedups = [sum(traffic.cycles for traffic in before) / cycles]
+        if stalls:
+            speedups.append(sum(traffic.compute_cycles for traffic in before) / compute_cycles)
         return [
             name,
             *sizes,
-            f"{stats.cycles:,}",
-            f"{sum(result.traffic.stall_cycles for result in some):,}",
-            f"{stats.speedup_cycles:.2f}x",
+            f"{cycles:,}",
+            f"{stall_cycles:,}",
+            *(f"{speedup:.2f}x" for speedup in speedups),
             f"{100 * stats.collision_rate:.1f}",
             f"{100 * stats.utilization:.1f}",
             f"{moved:,}",
             f"{scale * sum(result.total_energy for result in some):,.4g}",
         ]
 
-    rows = [
-        row(
-            result.layer.name,
-            [f"{size:,}" for size in (result.layer.m, result.layer.n, result.layer.k)],
-            [result],
-        )
-        for result in results
-    ]
+    rows = []
+    for name, group in itertools.groupby(results, lambda result: depthwise_name(result.layer.name)):
+        some = list(group)
+        shape = some[0].layer
+        title = name if len(some) == 1 else f"{name} ({len(some)} channels)"
+        rows.append(row(title, [f"{size:,}" for size in (shape.m, shape.n, shape.k)], some))
     print_table(header, [*rows, row("all", ["", "", ""], results)])

@@ -87,6 +87,7 @@ def trace(
     import pandas as pd
 
     from sysmt.hw.trace import trace_tile
+    from sysmt.progress import progress_bar
     from sysmt.study.run_config import RunConfig
     from sysmt.study.run_directory import RunDirectory
 
@@ -114,8 +115,13 @@ def trace(
         with directory.file("trace.csv") as temporary, temporary.open("w", encoding="utf-8") as file:
             seen.write_csv(file)
         if vcd:
-            with directory.file("trace.vcd") as temporary, temporary.open("w", encoding="utf-8") as file:
-                seen.write_vcd(file, *(shown or ()))
+            with (
+                directory.file("trace.vcd") as temporary,
+                temporary.open("w", encoding="utf-8") as file,
+                progress_bar("waveform", seen.cycles, "cycles") as bar,
+            ):
+                first, last = shown or (0, None)
+                seen.write_vcd(file, first, last, bar.advance)
         from sysmt.study.plots.trace import pe_table, plot_pe_collisions, plot_utilization
 
         table, pes = pd.read_csv(directory.path / "trace.csv"), pe_table(seen.activity)

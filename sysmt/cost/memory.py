@@ -33,6 +33,7 @@ import numpy as np
 
 from sysmt.config import ArrayConfig, Drain, parse_count, parse_name
 from sysmt.cost.layer_shape import Layer
+from sysmt.cost.shared_pixels import Windows
 from sysmt.errors import ConfigError
 from sysmt.hw.timing import slot_count
 
@@ -286,61 +287,30 @@ class _Strips:
 
 
 def _row_strips(layer: Layer, rows: int, capacity_bytes: int) -> _Strips:
-    """Find out which input pixels the tiles' rows share, and which of them are still there when needed."""
-    sharing = _sharing(layer, rows)
-    capacity = capacity_bytes // layer.channels  # in pixels
-    if sharing is None:
-        footprint = _lone_windows(layer)
-        footprint = np.add.reduceat(footprint, np.arange(0, layer.m, rows)) * layer.channels
-        strips = _Strips(footprint, footprint, int(footprint.sum()) <= capacity_bytes)
-        return strips.that_fit(capacity_bytes)
-    footprint = np.array([len(strip) for strip in sharing.before], np.int64)
-    distinct = sum(int((strip < 0).sum()) for strip in sharing.before)
-    fetched = np.empty_like(footprint)
-    oldest = held = 0  # the working half holds all pixels of strips oldest..i, `held` of them
-    for i, before in enumerate(sharing.before):
-        held += int((before < oldest).sum())
-        while held > capacity and oldest <= i:
-            held -= int((sharing.after[oldest] > i).sum())
-            oldest += 1
-        fetched[i] = (before < oldest).sum()
-    strips = _Strips(footprint * layer.channels, fetched * layer.channels, distinct <= capacity)
-    return strips.that_fit(capacity_bytes)
+    """Find out which input pixels the tiles' rows share, and which of them are still there when needed.
 
-
-class _Sharing(NamedTuple):
-    """For each strip and each of its pixels: the strip that needed it before (or -1), and the next one."""
-
-    before: list[np.ndarray]
-    after: list[np.ndarray]
+    Strip i finds the pixels of the strips `oldest` .. i - 1 in the working half, where `oldest` is the first
+    whose pixels fit there together with all that follow, up to its own.
+    """
+    return _shared_strips(layer.renamed(""), rows, capacity_bytes)
 
 
 @functools.lru_cache(maxsize=256)
-def _sharing(layer: Layer, rows: int) -> _Sharing | None:
-    """Follow every input pixel through the strips of `rows` windows; None if windows never overlap."""
-    (out_rows, out_cols), (height, width) = layer.ofmap, layer.ifmap
-    apart_down = out_rows == 1 or layer.stride_height >= layer.span[0]
-    apart_across = out_cols == 1 or layer.stride_width >= layer.span[1]
-    if apart_down and apart_across:
-        return None
-    down, across = layer.window_rows(), layer.window_cols()
-    pixel = down[:, None, :, None] * width + across[None, :, None, :]
-    inside = (down < height)[:, None, :, None] & (across < width)[None, :, None, :]
-    strip = (np.arange(layer.m) // rows).reshape(out_rows, out_cols, 1, 1)
-    touched = np.unique((pixel * (layer.m // rows + 1) + strip)[inside])  # by pixel, then by strip
-    pixel, strip = np.divmod(touched, layer.m // rows + 1)
-    same = pixel[1:] == pixel[:-1]
-    before = np.concatenate([[-1], np.where(same, strip[:-1], -1)])
-    after = np.concatenate([np.where(same, strip[1:], layer.m), [layer.m]])
-    by_strip = np.argsort(strip, kind="stable")
-    strips = -(-layer.m // rows)  # a strip of windows that lie outside altogether has no pixels
-    ends = np.cumsum(np.bincount(strip, minlength=strips))[:-1]
-    return _Sharing(np.split(before[by_strip], ends), np.split(after[by_strip], ends))
+def _shared_strips(layer: Layer, rows: int, capacity_bytes: int) -> _Strips:
+    windows, strip = Windows(layer), np.arange(-(-layer.m // rows))
 
+    def pixels(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return windows.pixels(first * rows, np.minimum((last + 1) * rows, layer.m) - 1)
 
-def _lone_windows(layer: Layer) -> np.ndarray:
-    """Pixels of each window that lie inside the input (M,), for windows that do not overlap."""
-    down = (layer.window_rows() < layer.ifmap_height).sum(axis=1)
-    across = (layer.window_cols() < layer.ifmap_width).sum(axis=1)
-    windows: np.ndarray = down[:, None] * across
-    return windows.ravel()
+    capacity = capacity_bytes // layer.channels  # in pixels
+    low, high = np.zeros_like(strip), strip + 1  # more strips together never are fewer pixels: halve
+    while (low < high).any():
+        middle = (low + high) // 2
+        fits = (middle > strip) | (pixels(np.minimum(middle, strip), strip) <= capacity)
+        low, high = np.where(fits, low, middle + 1), np.where(fits, middle, high)
+    oldest = np.minimum(low, strip)  # a strip that does not fit alone is fetched whole
+    footprint = pixels(strip, strip)
+    fetched = np.where(low > strip, footprint, pixels(oldest, strip) - pixels(oldest, strip - 1))
+    stays = int(pixels(strip[:1], strip[-1:])[0]) <= capacity
+    strips = _Strips(footprint * layer.channels, fetched * layer.channels, stays)
+    return strips.that_fit(capacity_bytes)

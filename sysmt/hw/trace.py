@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -168,7 +168,13 @@ class TileTrace:
                 ]
             )
 
-    def write_vcd(self, file: IO[str], first: int = 0, last: int | None = None) -> None:
+    def write_vcd(
+        self,
+        file: IO[str],
+        first: int = 0,
+        last: int | None = None,
+        after_cycle: Callable[[], object] = lambda: None,
+    ) -> None:
         """Write the waveform, as GTKWave and other viewers open it.
 
         One cycle is 2 ns, the clock's rising edge at its start. Each PE is a scope ``array.row_i.pe_i_j``
@@ -182,6 +188,8 @@ class TileTrace:
         file : text file
         first, last : int
             Cycles to write, both included; by default all.
+        after_cycle : callable
+            Called after each cycle of the tile, written or not: a progress bar's.
 
         Raises
         ------
@@ -198,32 +206,53 @@ class TileTrace:
         comment = f"tile {self.tile[0]},{self.tile[1]}; {self.config.to_record()}"
         with VCDWriter(file, timescale="1 ns", date="", version="sysmt", comment=comment) as writer:
             clock = writer.register_var("array", "clock", "wire", size=1, init=0)
-            pes = [
-                {
-                    name: writer.register_var(f"array.row_{i}.pe_{i}_{j}", name, "wire", size=size, init="x")
-                    for name, size in (
-                        ("slot", 32),
-                        ("operands", 16 * threads),
-                        ("active", threads),
-                        ("collision", 1),
-                        ("reduce", 1),
-                        ("reduced_activations", threads),
-                        ("reduced_weights", threads),
-                        ("accumulator", 32),
-                    )
-                }
+            sizes = {
+                "slot": 32,
+                "operands": 16 * threads,
+                "active": threads,
+                "collision": 1,
+                "reduce": 1,
+                "reduced_activations": threads,
+                "reduced_weights": threads,
+                "accumulator": 32,
+            }
+            masks = [(1 << size) - 1 for size in sizes.values()]
+            variables = [
+                [
+                    writer.register_var(f"array.row_{i}.pe_{i}_{j}", name, "wire", size=size, init="x")
+                    for name, size in sizes.items()
+                ]
                 for i, j in np.ndindex(shape)
             ]
+            before: np.ndarray | None = None
             for seen in self._checked_replay():
-                if not first <= seen.cycle <= last:
-                    continue
-                time_ns = 2 * seen.cycle
-                writer.change(clock, time_ns, 1)
-                signals = _signals(seen)
-                for index, pe in enumerate(pes):
-                    for name, variable in pe.items():
-                        writer.change(variable, time_ns, signals[name][index])
-                writer.change(clock, time_ns + 1, 0)
+                if first <= seen.cycle <= last:
+                    time_ns = 2 * seen.cycle
+                    writer.change(clock, time_ns, 1)
+                    signals = _signals(seen)
+                    # Most PEs of a large array are idle most of the time: only changes are written, and not
+                    # through the writer, which takes microseconds for each, but for the initial values.
+                    initial = before is None
+                    changed = np.ones(signals.shape, bool) if before is None else signals != before
+                    if before is not None:  # from a value to none, or back, is a change of the operands, too
+                        changed[:, 1] |= (signals[:, 0] < 0) != (before[:, 0] < 0)
+                    before = signals
+                    columns = (*(place.tolist() for place in np.nonzero(changed)), signals[changed].tolist())
+                    idle = (signals[:, 0] < 0).tolist()
+                    lines = []
+                    for pe, signal, value in zip(*columns, strict=True):
+                        variable, none = variables[pe][signal], signal < 2 and idle[pe]
+                        if initial:
+                            writer.change(variable, time_ns, "z" if none else value & masks[signal])
+                            continue
+                        bits = "z" if none else f"{value & masks[signal]:b}"
+                        is_scalar = masks[signal] == 1
+                        lines.append(
+                            f"{bits}{variable.ident}\n" if is_scalar else f"b{bits} {variable.ident}\n"
+                        )
+                    file.write("".join(lines))
+                    writer.change(clock, time_ns + 1, 0)
+                after_cycle()
 
     def _checked_replay(self) -> Iterator[TileCycle]:
         """Replay, and compare with the cycle engine on the way."""
@@ -239,22 +268,19 @@ class TileTrace:
             raise RuntimeError("collisions per PE: the replay differs from the cycle engine")
 
 
-def _signals(seen: TileCycle) -> dict[str, list[Any]]:
-    """Values of each signal for all PEs, row by row."""
-    reduce = (seen.reduced_activations | seen.reduced_weights) > 0
-    return {
-        "slot": ["z" if slot < 0 else slot for slot in seen.slot.ravel().tolist()],
-        "operands": [
-            "z" if slot < 0 else held
-            for slot, held in zip(seen.slot.ravel().tolist(), seen.operands.ravel().tolist(), strict=True)
-        ],
-        "active": seen.active.ravel().tolist(),
-        "collision": seen.collision.ravel().astype(int).tolist(),
-        "reduce": reduce.ravel().astype(int).tolist(),
-        "reduced_activations": seen.reduced_activations.ravel().tolist(),
-        "reduced_weights": seen.reduced_weights.ravel().tolist(),
-        "accumulator": seen.accumulator.ravel().tolist(),
-    }
+def _signals(seen: TileCycle) -> np.ndarray:
+    """Values of the signals of all PEs, row by row: int64 (PEs, 8); of 64 bits, unsigned ones wrap."""
+    columns = (
+        seen.slot,
+        seen.operands.view(np.int64),
+        seen.active,
+        seen.collision,
+        (seen.reduced_activations | seen.reduced_weights) > 0,
+        seen.reduced_activations,
+        seen.reduced_weights,
+        seen.accumulator,
+    )
+    return np.stack([column.ravel().astype(np.int64) for column in columns], axis=1)
 
 
 def _bits(flags: np.ndarray) -> np.ndarray:

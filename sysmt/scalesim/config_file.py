@@ -1,8 +1,9 @@
-"""SCALE-Sim's configuration files (.cfg, v2 and v3): the array, its memory and the run's name.
+"""SCALE-Sim's configuration files (.cfg, v1 to v3): the array, its memory and the run's name.
 
 The keys are those of SCALE-Sim's reader (``scalesim/scale_config.py``, version 3.0.0). What this machine
 cannot do is an error at its place in the file, never ignored: other dataflows, compressed sparse weights,
-banked layouts, Ramulator traces. What has no effect here (addresses, request buffers) is named in `notes`.
+banked layouts, Ramulator traces. What has no effect here (addresses, request buffers), and what is read in
+another way than it is written (v1's key names, comments behind values, quotes), is named in `notes`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from sysmt.config import LARGEST_SIDE
 from sysmt.cost.memory import Bandwidth, Memory, TileOrder
 from sysmt.errors import nearest
 from sysmt.scalesim.text_file import Field, integer, misplaced, read_lines
@@ -20,6 +22,8 @@ __all__ = ["ScaleSimConfig", "read_config"]
 
 _GENERAL, _ARCHITECTURE, _RUN = "general", "architecture_presets", "run_presets"
 _SIZES = {"ifmapsramszkb": "ifmap_kib", "filtersramszkb": "filter_kib", "ofmapsramszkb": "ofmap_kib"}
+_V1_SIZES = {key.removesuffix("kb"): key for key in _SIZES}
+_LARGEST_SRAM_KIB = 2**24
 _WITHOUT_EFFECT = {
     _ARCHITECTURE: (
         "ifmapoffset",
@@ -65,11 +69,12 @@ class ScaleSimConfig:
     run_name : str
         Name of the directory that the reports go to.
     rows, cols : int
-        ArrayHeight and ArrayWidth: PEs.
+        ArrayHeight and ArrayWidth: PEs, at most 65,536.
     memory : Memory
         SRAM sizes, DRAM bandwidth (None where InterfaceBandwidth is CALC), SCALE-Sim's tile order.
     notes : tuple of str
-        Keys of the file that have no effect here, or are unknown, with their lines.
+        Keys of the file that have no effect here, are unknown or are read in another way than they are
+        written, with their lines.
     """
 
     run_name: str
@@ -86,6 +91,7 @@ class _Sections:
         self.path = str(path)
         self.titles: dict[str, int] = {}
         self.keys: dict[str, dict[str, Field]] = {}
+        self.notes: list[str] = []
         section = None
         lines = read_lines(path)
         self.end = len(lines)
@@ -106,9 +112,24 @@ class _Sections:
             if section is None:
                 raise misplaced(path, number, start, f"{stripped!r} stands before the first [section]")
             key = parts[2].lower()
+            if section == _ARCHITECTURE and key in _V1_SIZES:
+                key = _V1_SIZES[key]
+                self.notes.append(f"{parts[2]} (line {number}) is read as {_SPELLING[key]}, KiB")
             if key in self.keys[section]:
                 raise misplaced(path, number, start, f"key {parts[2]!r} is there twice in [{section}]")
-            self.keys[section][key] = Field(parts[4].strip(), self.path, number, parts.start(4) + 1, parts[2])
+            value, column = self._value(parts[4], number), parts.start(4) + 1
+            self.keys[section][key] = Field(value, self.path, number, column, parts[2])
+
+    def _value(self, text: str, line: int) -> str:
+        """Return a value without the comment behind it and without quotes around it."""
+        value = text.strip()
+        if comment := re.search(r"(^|\s)[#;].*", value):
+            value = value[: comment.start()].strip()
+            self.notes.append(f"{comment[0].strip()!r} (line {line}) is read as a comment")
+        if quoted := re.fullmatch(r"([\"'])(.*)\1", value):
+            value = quoted[2].strip()
+            self.notes.append(f"the quotes around {value!r} (line {line}) are dropped")
+        return value
 
     def needed(self, section: str, key: str) -> Field:
         """Return a value; raise where it would have to stand if it is missing or empty."""
@@ -148,8 +169,12 @@ def read_config(path: str | Path) -> ScaleSimConfig:
     run_name = file.needed(_GENERAL, "run_name")
     if not re.fullmatch(r"[^/\\]+", run_name.text) or run_name.text in (".", ".."):
         raise run_name.error(f"{run_name.text!r} cannot name a directory of results")
-    rows, cols = (integer(file.needed(_ARCHITECTURE, key), 1) for key in ("arrayheight", "arraywidth"))
-    sizes = {name: integer(file.needed(_ARCHITECTURE, key), 1) for key, name in _SIZES.items()}
+    rows, cols = (
+        integer(file.needed(_ARCHITECTURE, key), 1, LARGEST_SIDE) for key in ("arrayheight", "arraywidth")
+    )
+    sizes = {
+        name: integer(file.needed(_ARCHITECTURE, key), 1, _LARGEST_SRAM_KIB) for key, name in _SIZES.items()
+    }
     _check_dataflow(file.needed(_ARCHITECTURE, "dataflow"))
     for section, keys in _MUST_BE_OFF.items():
         for key, reason in keys.items():
@@ -180,6 +205,12 @@ def _boolean(field: Field) -> bool:
 
 def _bandwidth(file: _Sections) -> Bandwidth | None:
     """Read the DRAM bandwidth: one number for each of the three operands, or three numbers."""
+    others = set(file.titles) - {_GENERAL, _ARCHITECTURE, "network_presets"}
+    if _RUN not in file.titles and not nearest(_RUN, others):
+        file.notes.append(
+            f"[{_RUN}] is missing, as in files of v1: InterfaceBandwidth is CALC, and nothing stalls"
+        )
+        return None
     mode = file.needed(_RUN, "interfacebandwidth")
     if mode.text.upper() not in ("CALC", "USER"):
         raise mode.error(f"{mode.text!r} is unknown; CALC (as much as needed) or USER (Bandwidth) is needed")
@@ -218,12 +249,12 @@ def _notes(file: _Sections) -> list[str]:
             if key in known.get(section, set()):
                 continue
             if section == _ARCHITECTURE and key in _WITHOUT_EFFECT[_ARCHITECTURE]:
-                integer(field, 0)
+                integer(field, 0, 2**63 - 1)
             if section in ("layout", "sparsity") or key in _WITHOUT_EFFECT.get(section, ()):
                 without_effect.append(f"{field.name} (line {field.line})")
             else:
                 unknown.append(f"{field.name} (line {field.line})")
-    notes = []
+    notes = [f"{file.path}: {note}" for note in file.notes]
     if without_effect:
         notes.append(f"{file.path}: without effect here: {', '.join(without_effect)}")
     if unknown:

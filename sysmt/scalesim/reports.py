@@ -121,16 +121,17 @@ def smt_row(result: LayerResult, energy_unit: str) -> dict[str, Any]:
         "drain": config.drain.value,
         "macs": stats.macs,
         "tiles": tile_count(layer.m, layer.n, config),
+        "cycles": traffic.cycles,
         "compute_cycles": traffic.compute_cycles,
         "stall_cycles": traffic.stall_cycles,
-        "speedup_cycles": stats.speedup_cycles,
+        "speedup_cycles": result.speedup_cycles,
+        "speedup_compute_cycles": result.speedup_compute_cycles,
         **{f"active_{c}": counters.get(f"active_{c}", 0) for c in range(5)},
     }
     kept = ("collisions", "collision_rate", "utilization", "reduced_activations", "reduced_weights")
     row |= {name: counters[name] for name in kept}
     row |= dataclasses.asdict(result.events)
     row["idle_pe_cycles"] = result.events.idle_pe_cycles
-    del row["cycles"]  # compute and stall cycles again
     row["sram_peak_words"] = traffic.sram_peak_words
     required = traffic.required._asdict().items()
     row |= {f"required_{name}_bytes_per_cycle": value for name, value in required}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,15 @@ from sysmt.errors import ConfigError, OperandError
 from sysmt.hw.gemm import simulate_gemm
 from sysmt.hw.operands import MAX_K
 from sysmt.hw.stats import GemmStats
+from sysmt.scalesim.text_file import LARGEST
 
 __all__ = ["LayerResult", "draw_matrices", "draw_operands", "read_matrix", "read_operands", "simulate_layer"]
 
 SPREAD = 4.0
 """Standard deviations from 0 to the largest code, in drawn operands."""
+
+DRAWN_AT_ONCE = 2**20
+"""Values drawn at a time: in float64, before they are codes of one byte."""
 
 Operands = tuple[np.ndarray, np.ndarray]
 
@@ -37,6 +42,9 @@ class LayerResult:
     memory : Memory
     stats : GemmStats
     traffic : Traffic
+        Of the array as configured.
+    single_thread_traffic : Traffic
+        Of the same array with one thread, memory and drain unchanged.
     events : EventCounts
     energy : dict of str to float
         By what spends it, in the table's unit.
@@ -49,6 +57,7 @@ class LayerResult:
     memory: Memory
     stats: GemmStats
     traffic: Traffic
+    single_thread_traffic: Traffic
     events: EventCounts
     energy: dict[str, float]
     area: float | None
@@ -57,6 +66,16 @@ class LayerResult:
     def total_energy(self) -> float:
         """Energy in the table's unit."""
         return sum(self.energy.values())
+
+    @property
+    def speedup_cycles(self) -> float:
+        """Cycles at T = 1 over cycles at T; both include their stalls."""
+        return self.single_thread_traffic.cycles / self.traffic.cycles
+
+    @property
+    def speedup_compute_cycles(self) -> float:
+        """Compute cycles at T = 1 over compute cycles at T: the speedup if nothing stalled."""
+        return self.single_thread_traffic.compute_cycles / self.traffic.compute_cycles
 
     @property
     def energy_delay(self) -> float:
@@ -107,6 +126,7 @@ def simulate_layer(
         memory,
         stats,
         layer_traffic(layer, config, memory),
+        layer_traffic(layer, config.replace(threads=1), memory),
         events,
         table.energy(events, config, memory),
         table.area(config),
@@ -144,10 +164,8 @@ def draw_operands(
     rng = np.random.default_rng(seeds)
     pixels = _draw_activations((layer.channels, *layer.ifmap), activation_density, rng)
     weights = _draw_weights((layer.k, layer.n), weight_density, rng)
-    kept, of = layer.density
-    if kept < of:
-        ranks = rng.random((-(-layer.k // of), of, layer.n)).argsort(axis=1).argsort(axis=1)
-        weights *= (ranks < kept).reshape(-1, layer.n)[: layer.k]
+    if layer.density[0] < layer.density[1]:
+        _prune(weights, layer.density, rng)
     return layer.im2col(pixels), weights
 
 
@@ -172,14 +190,15 @@ def draw_matrices(
     Raises
     ------
     ConfigError
-        If a size is negative or a density outside [0, 1].
+        If a size is negative or above 2,147,483,647, or a density outside [0, 1].
     OperandError
         If K is above 65,535.
     """
     if k > MAX_K:  # before so much is drawn
         raise OperandError(f"K={k} is too large; it must be at most {MAX_K}")
-    for field, size in (("m", m), ("n", n), ("k", k), ("seed", seed)):
-        parse_count(size, field, minimum=0)
+    for field, size in (("m", m), ("n", n), ("k", k)):
+        parse_count(size, field, minimum=0, maximum=LARGEST)
+    parse_count(seed, "seed", minimum=0)
     _check_densities(activation_density, weight_density)
     rng = np.random.default_rng(seed)
     a_mk = _draw_activations((m, k), activation_density, rng)
@@ -193,16 +212,50 @@ def _check_densities(activation_density: float, weight_density: float) -> None:
 
 
 def _draw_activations(size: tuple[int, ...], density: float, rng: np.random.Generator) -> np.ndarray:
-    codes = np.clip(np.rint(np.abs(rng.standard_normal(size)) * (255 / SPREAD)), 1, 255).astype(np.uint8)
-    codes[rng.random(size) >= density] = 0
-    return codes
+    def code(drawn: np.ndarray) -> np.ndarray:
+        codes: np.ndarray = np.clip(np.rint(np.abs(drawn) * (255 / SPREAD)), 1, 255)
+        return codes
+
+    return _draw(size, density, rng, np.uint8, code)
 
 
 def _draw_weights(size: tuple[int, ...], density: float, rng: np.random.Generator) -> np.ndarray:
-    drawn = rng.standard_normal(size) * (127 / SPREAD)
-    codes: np.ndarray = np.copysign(np.clip(np.rint(np.abs(drawn)), 1, 127), drawn).astype(np.int8)
-    codes[rng.random(size) >= density] = 0
-    return codes
+    def code(drawn: np.ndarray) -> np.ndarray:
+        scaled = drawn * (127 / SPREAD)
+        codes: np.ndarray = np.copysign(np.clip(np.rint(np.abs(scaled)), 1, 127), scaled)
+        return codes
+
+    return _draw(size, density, rng, np.int8, code)
+
+
+def _draw(
+    size: tuple[int, ...],
+    density: float,
+    rng: np.random.Generator,
+    dtype: type[np.generic],
+    code: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Draw normal values, turn them into codes and zero some, block by block: a value takes 8 bytes."""
+    codes = np.empty(math.prod(size), dtype)
+    blocks = [slice(start, start + DRAWN_AT_ONCE) for start in range(0, codes.size, DRAWN_AT_ONCE)]
+    for block in blocks:
+        codes[block] = code(rng.standard_normal(codes[block].size)).astype(dtype)
+    for block in blocks:
+        codes[block][rng.random(codes[block].size) >= density] = 0
+    return codes.reshape(size)
+
+
+def _prune(weights: np.ndarray, density: tuple[int, int], rng: np.random.Generator) -> None:
+    """Zero all but N of every M weights in a row along K, drawn at random."""
+    kept, of = density
+    k, n = weights.shape
+    at_once = max(1, DRAWN_AT_ONCE // (of * n))
+    blocks = -(-k // of)
+    for start in range(0, blocks, at_once):
+        count = min(at_once, blocks - start)
+        ranks = rng.random((count, of, n)).argsort(axis=1).argsort(axis=1)
+        here = weights[start * of : (start + count) * of]
+        here *= (ranks < kept).reshape(-1, n)[: len(here)]
 
 
 def read_operands(layer: Layer, directory: str | Path) -> Operands:
@@ -219,10 +272,20 @@ def read_operands(layer: Layer, directory: str | Path) -> Operands:
 
 def read_matrix(path: str | Path) -> np.ndarray:
     """Read a matrix from a plain .npy file; raise `OperandError` naming the file otherwise."""
+    advice = "save one matrix of integers with numpy.save"
     try:
-        matrix = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise OperandError(f"{path} cannot be read as a plain .npy array: {error}") from error
-    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2:
-        raise OperandError(f"{path} holds {getattr(matrix, 'shape', 'no single array')}; a matrix is needed")
+        with Path(path).open("rb") as file:
+            start = file.read(6)
+            plain = start == b"\x93NUMPY"
+            file.seek(0)
+            matrix = np.lib.format.read_array(file, allow_pickle=False) if plain else None
+    except OSError as error:
+        raise OperandError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:  # numpy's own message may advise to load Python objects
+        raise OperandError(f"{path} holds Python objects or is damaged; {advice}") from error
+    if matrix is None:
+        kind = "a .npz archive" if start[:2] == b"PK" else "no .npy file"
+        raise OperandError(f"{path} is {kind}; {advice}")
+    if matrix.ndim != 2:
+        raise OperandError(f"{path} holds an array of shape {matrix.shape}; a matrix is needed")
     return matrix

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 from sysmt.errors import ConfigError
 
-__all__ = ["Field", "integer", "misplaced", "read_lines"]
+__all__ = ["LARGEST", "Field", "integer", "misplaced", "read_lines"]
+
+LARGEST = 2**31 - 1
+"""Largest number that a file may hold: beyond it no machine or layer makes sense."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +48,13 @@ def misplaced(path: str | Path, line: int, column: int, message: str) -> ConfigE
 
 
 def read_lines(path: str | Path) -> list[str]:
-    r"""Read a UTF-8 text file with Unix line ends; a byte order mark is dropped.
+    r"""Read a UTF-8 text file with Unix or Windows line ends; a byte order mark is dropped.
 
     Raises
     ------
     ConfigError
-        If the file is missing or unreadable, is not UTF-8, or has carriage returns (Windows line
-        ends), which other readers of the same file would take for a part of the last value.
+        If the file is missing or unreadable, is not UTF-8, or has a NUL character or a carriage return
+        in the middle of a line.
     """
     try:
         content = Path(path).read_bytes()
@@ -64,22 +68,30 @@ def read_lines(path: str | Path) -> list[str]:
         raise misplaced(
             path, line, column, f"byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from None
-    lines = text.split("\n")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     for number, line_text in enumerate(lines, 1):
-        for sign, what in (("\r", "a carriage return (Windows line end)"), ("\0", "a NUL character")):
+        for sign, what in (
+            ("\r", "a carriage return in the middle of a line; lines end in LF or CR LF"),
+            ("\0", "a NUL character"),
+        ):
             if sign in line_text:
-                advice = "; save the file with Unix line ends" if sign == "\r" else ""
-                raise misplaced(path, number, line_text.index(sign) + 1, f"{what}{advice}")
+                raise misplaced(path, number, line_text.index(sign) + 1, what)
     return lines
 
 
-def integer(field: Field, minimum: int) -> int:
-    """Read a field as an integer of at least `minimum`; raise `ConfigError` with its place otherwise."""
-    try:
-        value = int(field.text)
-    except ValueError:
+def integer(field: Field, minimum: int, maximum: int = LARGEST) -> int:
+    """Read an integer from `minimum` to `maximum`; raise `ConfigError` naming the field's place otherwise."""
+    if not re.fullmatch(r"[+-]?[0-9]+", field.text):
         given = repr(field.text) if field.text else "nothing"
-        raise field.error(f"{given} is no integer; one of at least {minimum} is needed") from None
+        raise field.error(f"{given} is no integer; one of at least {minimum} is needed")
+    digits = field.text.lstrip("+-0")
+    if len(digits) > 20:  # also spares int() the numbers of thousands of digits that it refuses
+        raise field.error(
+            f"a number of {len(digits)} digits is out of range; {minimum} to {maximum:,} is allowed"
+        )
+    value = int(field.text)
     if value < minimum:
         raise field.error(f"{value} is too small; it must be at least {minimum}")
+    if value > maximum:
+        raise field.error(f"{value} is too large; it must be at most {maximum:,}")
     return value

@@ -44,7 +44,7 @@ def test_reports_of_a_topology(tmp_path, capsys):
     names = {"COMPUTE_REPORT.csv", "BANDWIDTH_REPORT.csv", "DETAILED_ACCESS_REPORT.csv", "SMT_REPORT.csv"}
     assert {path.name for path in directory.iterdir()} == names | {"action_counts.yaml"}
     smt, compute = pd.read_csv(directory / "SMT_REPORT.csv"), read(directory / "COMPUTE_REPORT.csv")
-    layers = read_topology(DATA / "gemm.csv")
+    layers = read_topology(DATA / "gemm.csv").layers
     assert list(smt["name"]) == [layer.name for layer in layers]
     for layer, (_, row), cycles in zip(layers, smt.iterrows(), compute["Total Cycles"], strict=True):
         tiles = -(-layer.m // 8) * -(-layer.n // 8)
@@ -58,10 +58,39 @@ def test_reports_of_a_topology(tmp_path, capsys):
     assert (again["energy_relative"] == again["pe_cycles"]).all()  # one thread: the conventional array
 
 
+def test_terminal_tells_speedup_with_and_without_stalls_and_adds_up_depthwise_channels(tmp_path, capsys):
+    topology, config = tmp_path / "net.csv", tmp_path / "one_byte.cfg"
+    titles = (
+        "Layer name, IFMAP Height, IFMAP Width, Filter Height, Filter Width, Channels, Num Filter, Strides,"
+    )
+    topology.write_text(f"{titles}\r\nDP_c, 8, 8, 3, 3, 5, 1, 1,\r\nfc, 1, 1, 1, 1, 640, 64, 1,\r\n,,,,\r\n")
+    text = (DATA / "8x8.cfg").read_text()
+    config.write_text(text.replace("CALC", "USER").replace("Bandwidth : 10", "Bandwidth : 1"))
+    common = ("topology", "--topology", topology, "--threads", 4, "--drain", "serial", "--out", tmp_path)
+    assert run(*common, "--config", config) == 0
+    shown, said = capsys.readouterr()
+    assert "line 4: a line of commas is a blank line" in " ".join(said.split())
+    assert "DP_c (5 channels)" in shown
+    assert "Channel_" not in shown
+    smt = pd.read_csv(tmp_path / "8x8" / "SMT_REPORT.csv")
+    assert len(smt) == 6
+    before = smt["speedup_cycles"] * smt["cycles"], smt["speedup_compute_cycles"] * smt["compute_cycles"]
+    total = before[0].sum() / smt["cycles"].sum(), before[1].sum() / smt["compute_cycles"].sum()
+    assert total[0] < total[1]
+    last = shown[shown.index(" all ") :].split()
+    assert last[1:5] == [
+        f"{smt['cycles'].sum():,}", f"{smt['stall_cycles'].sum():,}", f"{total[0]:.2f}x", f"{total[1]:.2f}x"
+    ]  # fmt: skip
+    assert run(*common, "--config", DATA / "8x8.cfg", "--overwrite") == 0
+    last = capsys.readouterr().out
+    assert "without" not in last
+    assert last[last.index(" all ") :].split()[3] == f"{total[1]:.2f}x"
+
+
 def test_topology_with_operands_from_files(tmp_path, capsys):
     rng = np.random.default_rng(0)
     operands = {}
-    for layer in read_topology(DATA / "gemm.csv"):
+    for layer in read_topology(DATA / "gemm.csv").layers:
         a = rng.integers(-128, 128, (layer.m, layer.k)).astype(np.int8)
         b = rng.integers(-128, 128, (layer.k, layer.n)).astype(np.int8)
         operands[layer.name] = a, b
@@ -117,7 +146,7 @@ def test_wrong_topology_commands(args, what, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["digits", "resnet20", "resnet18", "mobilenet_v1", "resnext50_32x4d"])
 def test_exported_networks_have_the_networks_own_shapes(name, tmp_path, capsys):
     assert run("topology", "--export", name, "--image-size", 64, "--out", tmp_path / "net.csv") == 0
-    layers = read_topology(tmp_path / "net.csv")
+    layers = read_topology(tmp_path / "net.csv").layers
     model = build_model(name)
     sizes = []
 
@@ -164,7 +193,7 @@ def test_export_says_what_the_format_cannot(tmp_path):
     assert float(model.bn.running_mean.abs().sum()) == 0
     path = tmp_path / "odd.csv"
     path.write_text(exported.csv)
-    layers = read_topology(path)
+    layers = read_topology(path).layers
     assert [(layer.name, layer.m, layer.n, layer.k) for layer in layers] == [
         ("adp", 4 * 8, 4, 18),
         ("rows", 7, 6, 5),

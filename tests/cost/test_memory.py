@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from sysmt.config import ArrayConfig, Drain
 from sysmt.cost.layer_shape import Layer
 from sysmt.cost.memory import Bandwidth, Memory, Prefetch, TileOrder, layer_traffic
+from sysmt.cost.shared_pixels import Windows
 from sysmt.errors import ConfigError
 from sysmt.hw.timing import gemm_cycles
 
 
 @st.composite
 def layers(draw):
-    r, s, stride_h, stride_w, dilation = (draw(st.integers(1, 3)) for _ in range(5))
-    height = dilation * (r - 1) + 1 + draw(st.integers(0, 8))
-    width = dilation * (s - 1) + 1 + draw(st.integers(0, 8))
+    r, s, stride_h, stride_w, down, across = (draw(st.integers(1, 3)) for _ in range(6))
+    height = down * (r - 1) + 1 + draw(st.integers(0, 8))
+    width = across * (s - 1) + 1 + draw(st.integers(0, 8))
     channels, filters = draw(st.sampled_from([1, 3, 64, 200])), draw(st.sampled_from([1, 5, 16, 40]))
-    return Layer("x", height, width, r, s, channels, filters, stride_h, stride_w, dilation, dilation)
+    return Layer("x", height, width, r, s, channels, filters, stride_h, stride_w, down, across)
 
 
 configs = st.builds(
@@ -103,6 +104,32 @@ def slow_reads(layer, config, memory):
 def test_dram_reads_equal_a_walk_through_all_tiles(layer, config, memory):
     traffic = layer_traffic(layer, config, memory)
     assert (traffic.dram_ifmap_bytes, traffic.dram_filter_bytes) == slow_reads(layer, config, memory)
+
+
+@settings(max_examples=300, deadline=None)
+@given(layers(), st.data())
+def test_pixels_that_windows_share_are_counted_once(layer, data):
+    first = data.draw(st.integers(0, layer.m - 1))
+    last = data.draw(st.integers(first - 1, layer.m - 1))
+    one_by_one = strips_of_pixels(layer, 1)
+    touched = len(set().union(*one_by_one[first : last + 1]))
+    assert Windows(layer).pixels(np.array([first]), np.array([last])).tolist() == [touched]
+
+
+def test_the_first_layer_of_a_4k_image():
+    """69,120 tiles: 7 x 7 windows two pixels apart, over 2160 x 3840 pixels and their padding."""
+    layer = Layer("conv1", 2165, 3845, 7, 7, 3, 64, 2, 2)
+    config = ArrayConfig(60, 32, 1, drain="none")
+    assert -(-layer.m // 60) * 2 == 69_120
+    whole = layer_traffic(layer, config, Memory(ifmap_kib=2**17))
+    assert whole.dram_ifmap_bytes == 3 * 2165 * 3845  # every pixel once
+    # 60 windows side by side touch 7 x 125 pixels; 512 bytes hold none of such strips.
+    nothing = layer_traffic(layer, config, Memory(ifmap_kib=1))
+    assert nothing.dram_ifmap_bytes == 69_120 * 3 * 7 * 125
+    # Half of 512 KiB holds the 7 rows of pixels that a row of windows touches, so that the next one, two rows
+    # further down, fetches two new rows (3,845 pixels wide): all pixels once in each of the two sweeps.
+    rows = layer_traffic(layer, config, Memory(ifmap_kib=512))
+    assert rows.dram_ifmap_bytes == 2 * 3 * 2165 * 3845
 
 
 @settings(max_examples=200, deadline=None)

@@ -3,13 +3,13 @@
 import functools
 import sys
 
-import experiment
 import final_sample_bn
 import numpy as np
 import pandas as pd
 import pytest
 import small_experiments
-import small_trainings
+from common import trainings
+from common.command import main
 
 TINY = ("--images", 160, "--batch-size", 40, "--epochs", 3, "--width", 4, "--runs", 2)
 
@@ -51,7 +51,7 @@ def test_each_run_counts_with_its_last_three_tests(tmp_path):
 def test_a_stopped_run_goes_on_within_a_training_and_ends_the_same(tmp_path, monkeypatch):
     options = (*TINY, "--variants", "divide255", "--schedules", "constant", "--statistics", "frozen")
     run(*options, "--out", tmp_path / "whole")
-    train, steps = small_trainings.train, []
+    train, steps = trainings.train, []
 
     def stopped(*args, **kwargs):
         def after_step(step):
@@ -62,13 +62,13 @@ def test_a_stopped_run_goes_on_within_a_training_and_ends_the_same(tmp_path, mon
         return train(*args, **kwargs, after_step=after_step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(small_trainings, "train", stopped)
+        patch.setattr(trainings, "train", stopped)
         run(*options, "--out", tmp_path / "parts", code=130)
     assert len(pd.read_csv(tmp_path / "parts" / "points.csv")) == 1
     assert len(list((tmp_path / "parts").glob("training-*.pt"))) == 1
     steps.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(small_trainings, "train", lambda *a, **k: train(*a, **k, after_step=steps.append))
+        patch.setattr(trainings, "train", lambda *a, **k: train(*a, **k, after_step=steps.append))
         run(*options, "--out", tmp_path / "parts")
     assert steps[0] == 5  # the first epoch of four steps was done
     for name in ("tests.csv", "final_sample_bn.csv", "final_sample_bn.md"):
@@ -99,7 +99,7 @@ def test_a_network_that_diverges_is_a_result(tmp_path):
 def test_wrong_choices_are_one_line_and_exit_code_2(options, message, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["final_sample_bn.py", *map(str, options), "--out", str(tmp_path / "o")])
     with pytest.raises(SystemExit) as stop:
-        experiment.main(final_sample_bn.final_sample_bn)
+        main(final_sample_bn.final_sample_bn)
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "o" / "points.csv").exists()

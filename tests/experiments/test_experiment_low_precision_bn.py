@@ -4,14 +4,14 @@ import functools
 import sys
 import tomllib
 
-import cromulent
-import experiment
 import low_precision_bn as module
+import low_precision_bn_networks
 import numpy as np
 import pandas as pd
 import pytest
 import small_experiments
 import torch
+from common.command import main
 from small_experiments import save_digits
 from torch import nn
 
@@ -123,9 +123,12 @@ def test_another_configuration_and_unknown_parts_are_refused(
     args = quick(weights, tmp_path / "none", "--parts", "figure2,table4")
     monkeypatch.setattr(sys, "argv", ["low_precision_bn", *map(str, args)])
     with pytest.raises(SystemExit) as ended:
-        experiment.main(module.low_precision_bn)
+        main(module.low_precision_bn)
     assert ended.value.code == 2
-    assert "table4; allowed: figure2" in capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "'table4' is unknown (did you mean 'table3'?); allowed: figure2"
+        in capsys.readouterr().err.replace("\n", " ")
+    )
     assert not (tmp_path / "none").exists()
 
 
@@ -143,25 +146,25 @@ def test_a_training_that_diverges_is_a_result(weights, tmp_path, monkeypatch):
 
 
 def test_vgg_is_the_paper_s():
-    model = cromulent.vgg(32, 10, 3, 32)
+    model = low_precision_bn_networks.vgg(32, 10, 3, 32)
     convolutions = [module for module in model if isinstance(module, nn.Conv2d)]
     assert [conv.out_channels for conv in convolutions] == [32, 32, 64, 64, 128, 128, 10]
     assert convolutions[-1].kernel_size == (4, 4)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert cromulent.vgg(8, 10, 1, 16)(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
+    assert low_precision_bn_networks.vgg(8, 10, 1, 16)(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
 
 
 def test_pre_activated_resnet_20_has_as_many_weights_as_resnet_20():
     def weights_of(model):
         return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv2d))
 
-    model = cromulent.pre_activated_resnet(3)
+    model = low_precision_bn_networks.pre_activated_resnet(3)
     assert weights_of(model) == weights_of(build_model("resnet20"))
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_the_fully_connected_network_is_cromulent_too():
-    model = cromulent.fully_connected(192, 64, 10)
+    model = low_precision_bn_networks.fully_connected(192, 64, 10)
     x = torch.from_numpy(np.random.default_rng(0).random((50, 3, 8, 8), np.float32))
     plain = saved_bytes(model, x)
     convert_batchnorm(model, "L4")

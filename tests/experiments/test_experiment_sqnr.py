@@ -3,12 +3,12 @@
 import sys
 import tomllib
 
-import experiment
 import numpy as np
 import pandas as pd
 import pytest
 import small_experiments
 import sqnr
+from common.command import main
 from small_experiments import save_digits
 
 from sysmt.nn.low_bit.integer_network import QNetwork
@@ -82,7 +82,7 @@ def test_other_bits_add_to_what_is_there(weights, tmp_path):
 def test_impossible_bits_are_one_line(bits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sqnr", "--bits", bits, "--out", str(tmp_path / "none")])
     with pytest.raises(SystemExit) as ended:
-        experiment.main(sqnr.sqnr)
+        main(sqnr.sqnr)
     assert ended.value.code == 2
     assert "bits=" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

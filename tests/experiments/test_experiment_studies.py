@@ -1,8 +1,8 @@
-"""Small versions of the experiments that are studies: the search against baselines, and figure 1."""
+"""Small versions of the experiments that are studies: search against baselines, accuracy against speedup."""
 
 from types import SimpleNamespace
 
-import figure1
+import accuracy_against_speedup
 import pandas as pd
 import pytest
 import search_vs_baselines
@@ -62,13 +62,13 @@ def test_without_held_out_images_both_hypervolumes_are_the_same():
 
 def test_figure_1_has_each_map_with_and_without_recalibration(weights, tmp_path):
     out = tmp_path / "out"
-    run(figure1, weights, out, "--retrain", 0)
+    run(accuracy_against_speedup, weights, out, "--retrain", 0)
     points = pd.read_csv(out / "points.csv")
     assert points["network"].nunique() == 2  # as it is, and pruned
     assert set(points.groupby(["network", "recalibrate"]).size()) == {8}
     assert {1.0, 2.0, 4.0} <= set(points["speedup"].round(6))
-    assert (out / "figure1a.png").is_file()
-    assert (out / "figure1b.png").is_file()
+    assert (out / "accuracy_against_speedup_a.png").is_file()
+    assert (out / "accuracy_against_speedup_b.png").is_file()
     collisions = points[points["speedup"] == 4].groupby("network")["collision_rate"].mean()
     assert collisions["digits, 40 % pruned"] < collisions["digits"]
 
@@ -79,6 +79,6 @@ def test_networks_of_different_layers_stand_in_one_table():
     large = pd.DataFrame(
         {**common, "network": "large", "threads of a": 4, "threads of b": 4, "top1": [0.70, 0.71]}
     )
-    text = figure1.layout_of(pd.concat([small, large]))
+    text = accuracy_against_speedup.layout_of(pd.concat([small, large]))
     assert "+5.00" in text
     assert "+1.00" in text

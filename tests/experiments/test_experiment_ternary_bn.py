@@ -4,12 +4,12 @@ import functools
 import math
 import sys
 
-import experiment
 import pandas as pd
 import pytest
 import small_experiments
-import small_trainings
 import ternary_bn
+from common import trainings
+from common.command import main
 
 TINY = ("--images", 100, "--epochs", 1)
 
@@ -54,7 +54,7 @@ def test_resnet_without_batchnorm_overflows_and_is_a_result(tmp_path):
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     options = ("--networks", "vgg7", "--images", 100, "--epochs", 2, "--scaled", "--all-layers")
     run(*options, "--out", tmp_path / "whole")
-    train, steps = small_trainings.train, []
+    train, steps = trainings.train, []
 
     def stopped(*args, **kwargs):
         def after_step(step):
@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
         return train(*args, **kwargs, after_step=after_step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(small_trainings, "train", stopped)
+        patch.setattr(trainings, "train", stopped)
         run(*options, "--out", tmp_path / "parts", code=130)
     assert len(list((tmp_path / "parts").glob("training-*.pt"))) == 1
     run(*options, "--out", tmp_path / "parts")
@@ -89,7 +89,7 @@ def test_wrong_choices_are_one_line_and_exit_code_2(options, message, monkeypatc
         sys, "argv", ["ternary_bn.py", *map(str, TINY), *options, "--out", str(tmp_path / "o")]
     )
     with pytest.raises(SystemExit) as stop:
-        experiment.main(ternary_bn.ternary_bn)
+        main(ternary_bn.ternary_bn)
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "o" / "points.csv").exists()

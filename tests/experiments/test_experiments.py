@@ -3,20 +3,21 @@
 import sys
 import tomllib
 
-import experiment
 import numpy as np
 import pandas as pd
 import policies
 import pruning_collisions
 import pytest
 import recalibration
-import shared_data
 import table1
 import torch
+from common import preset
+from common.command import main
+from common.networks import workloads
 from small_experiments import run, save_digits
 
 from sysmt.config import Policy
-from sysmt.errors import OutputError
+from sysmt.errors import ConfigError, OutputError
 from sysmt.nn.data.labelled_images import open_data
 from sysmt.nn.networks.checkpoints import save_weights
 from sysmt.nn.networks.models import build_model
@@ -198,7 +199,7 @@ def test_wrong_choices_are_one_line_and_exit_code_2(monkeypatch, capsys, tmp_pat
     ):
         monkeypatch.setattr(sys, "argv", [module.__name__, *args, "--out", str(tmp_path / "none")])
         with pytest.raises(SystemExit) as ended:
-            experiment.main(getattr(module, module.__name__))
+            main(getattr(module, module.__name__))
         assert ended.value.code == 2
         said = capsys.readouterr().err
         assert words in said.replace("\n", " ")
@@ -208,18 +209,18 @@ def test_wrong_choices_are_one_line_and_exit_code_2(monkeypatch, capsys, tmp_pat
 
 def test_the_preset_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("SYSMT_DATA", str(tmp_path))
-    with pytest.raises(experiment.ConfigError, match="needs cifar10/lossless.npz|needs weights/"):
-        experiment.workloads({}, "shared:resnet20", False, ())
+    with pytest.raises(ConfigError, match="needs cifar10/lossless.npz|needs weights/"):
+        workloads({}, "shared:resnet20", False, ())
 
 
 def test_the_preset_opens_each_network_that_needs_no_training(monkeypatch, tmp_path):
     monkeypatch.setenv("SYSMT_CACHE", str(tmp_path))
     try:
         for path in ("weights/resnet20-12fca82f.th", "cifar10/lossless.npz"):
-            shared_data.shared(path)
-    except experiment.ConfigError as error:
+            preset.shared(path)
+    except ConfigError as error:
         pytest.skip(str(error))
-    for network in experiment.workloads({}, "shared:resnet20,resnet32", False, ()):
+    for network in workloads({}, "shared:resnet20,resnet32", False, ()):
         subject = Subject(network.config)
         assert subject.data.images("test") == 1000
         assert subject.data.preprocessing.pad_pixels == 4

@@ -1,9 +1,11 @@
 """SCALE-Sim's files and figures: read as it does, equal to it where both model the same, clear where not."""
 
 import csv
+import io
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ from sysmt.cost.memory import Bandwidth, Memory, TileOrder
 from sysmt.errors import ConfigError, OperandError
 from sysmt.hw.timing import tile_count
 from sysmt.scalesim.config_file import read_config
-from sysmt.scalesim.reports import REPORTS, smt_report
-from sysmt.scalesim.simulate import draw_operands, read_operands, simulate_layer
+from sysmt.scalesim.reports import REPORTS, smt_report, smt_row
+from sysmt.scalesim.simulate import draw_operands, read_matrix, read_operands, simulate_layer
 from sysmt.scalesim.topology_file import read_topology, topology_csv
 
 
@@ -82,7 +84,7 @@ def assert_agrees(layers, config_path, directory):
 @pytest.mark.parametrize("array", ["8x8", "4x16"])
 @pytest.mark.parametrize("kind", ["conv", "gemm"])
 def test_equals_recorded_figures(array, kind):
-    layers = read_topology(DATA / f"{kind}.csv")
+    layers = read_topology(DATA / f"{kind}.csv").layers
     assert_agrees(layers, DATA / f"{array}.cfg", DATA / "recorded" / kind / array)
 
 
@@ -123,7 +125,7 @@ def test_equals_scalesim_live(scalesim_python, kind, tmp_path):
         text = "Layer, M, N, K,\n" + "".join(f"{x.name}, {x.m}, {x.n}, {x.k},\n" for x in layers)
     topology, config = tmp_path / "layers.csv", tmp_path / "machine.cfg"
     topology.write_text(text)
-    assert read_topology(topology) == layers
+    assert list(read_topology(topology).layers) == layers
     recorded = (DATA / "8x8.cfg").read_text()
     for rows, cols in ((5, 3), (16, 16), (1, 7)):
         config.write_text(
@@ -170,7 +172,7 @@ def test_export_and_reading_are_inverse(tmp_path):
     ]
     path = tmp_path / "net.csv"
     path.write_text(topology_csv(layers))
-    read = read_topology(path)
+    read = read_topology(path).layers
     names = ["conv1", *(f"DP_conv2Channel_{i}" for i in range(4)), "grouped_group0", "grouped_group1", "fc"]
     assert [layer.name for layer in read] == names
     shapes = [layer.renamed("") for layer, groups in layers for _ in range(groups)]
@@ -208,13 +210,13 @@ def test_topology_variants(tmp_path):
         CONV.replace("Strides,", "Strides, Sparsity,") + "a, 8, 9, 3, 2, 4, 5, 2, 1:1,\n",
     ]
     for text in same:
-        assert read_topology(write(tmp_path, text)) == [layer], text
+        assert read_topology(write(tmp_path, text)).layers == (layer,), text
     sparse = read_topology(
         write(tmp_path, CONV.replace("Strides,", "Strides,Sparsity,") + "a,8,9,3,2,4,5,2,2:4\n")
-    )
+    ).layers
     assert sparse[0].density == (2, 4)
-    gemm = read_topology(write(tmp_path, "Layer, M, N, K, Sparsity\nfc, 3, 4, 5, 1:2,\nb, 1, 1, 1,\n"))
-    assert gemm == [Layer.gemm("fc", 3, 4, 5, (1, 2)), Layer.gemm("b", 1, 1, 1)]
+    gemm = read_topology(write(tmp_path, "Layer, M, N, K, Sparsity\nfc, 3, 4, 5, 1:2,\nb, 1, 1, 1,\n")).layers
+    assert gemm == (Layer.gemm("fc", 3, 4, 5, (1, 2)), Layer.gemm("b", 1, 1, 1))
     assert (gemm[0].m, gemm[0].n, gemm[0].k) == (3, 4, 5)
 
 
@@ -224,10 +226,10 @@ def test_topology_variants(tmp_path):
         ("", "line 1, column 1", "empty"),
         (CONV, "line 1, column 1", "no layer"),
         (CONV.replace("Channels, ", "") + "a,1,1,1,1,1,1\n", "line 1, column 88", "'channels' is missing"),
-        (CONV.replace("Channels", "Chanels"), "line 1, column 69", "'Chanels' is no column"),
+        (CONV.replace("Channels", "Chanels"), "line 1, column 69", "column 'Chanels' is unknown"),
         (CONV.replace("Channels", "IFMAP Width"), "line 1, column 69", "twice"),
         ("Layer, M, N, Strides, K\na,1,1,1,1\n", "line 1, column 14", "does not belong to a GEMM"),
-        ("a, 8, 9, 3, 2, 4, 5, 2,\n", "line 1, column 1", "'a' is no column"),
+        ("a, 8, 9, 3, 2, 4, 5, 2,\n", "line 1, column 1", "column 'a' is unknown"),
         (
             CONV + "a, 8, 9, 3, 2, 4, -5, 2,\n",
             "line 2, column 19",
@@ -240,12 +242,34 @@ def test_topology_variants(tmp_path):
         (CONV + "a, 8, 9, 3, 2, 4, 5, 2, 7,\n", "line 2, column 25", "one value too many"),
         (CONV + ", 8, 9, 3, 2, 4, 5, 2,\n", "line 2, column 1", "no name"),
         (CONV + "a, 8, 9, 9, 2, 4, 5, 2,\n", "line 2, column 10", "larger than the input's 8"),
-        (CONV + "a, 8, 9, 3, 2, 4, 5, 2,\r\n", "line 2, column 24", "Windows line end"),
+        (CONV + "a, 8, 9, 3, 2, 4,\r 5, 2,\r\n", "line 2, column 18", "in the middle of a line"),
         (CONV.encode() + b"caf\xe9, 8, 9, 3, 2, 4, 5, 2,\n", "line 2, column 4", "0xe9 is not UTF-8"),
         (CONV.encode("utf-16"), "line 1, column 1", "not UTF-8"),
         ("Layer, M, N, K, Sparsity\nfc, 3, 4, 5, half\n", "line 2, column 14", "no N:M"),
         ("Layer, M, N, K, Sparsity\nfc, 3, 4, 5, 4:2\n", "line 2, column 14", "impossible"),
-        ("Layer, M, N, K\n,\n", "line 2, column 1", "1 values; 4 are needed"),
+        (
+            CONV + f"a, {10**19}, 9, 3, 2, 4, 5, 2,\n",
+            "line 2, column 4",
+            "is too large; it must be at most 2,147",
+        ),
+        (
+            CONV + f"a, 8, 9, 3, 2, 4, 5, {10**20},\n",
+            "line 2, column 22",
+            "a number of 21 digits is out of range",
+        ),
+        (CONV + f"a, 8, 9, 3, 2, 4, 5, {'9' * 5000},\n", "line 2, column 22", "a number of 5000 digits"),
+        (CONV + "a, 8, 9, 3, 2, 4, 1_0, 2,\n", "line 2, column 19", "'1_0' is no integer"),
+        (CONV + "aDP, 8, 9, 3, 2, 65537, 5, 2,\n", "line 2, column 18", "at most 65,536"),
+        ("Layer, M, N, K\na, 2147483647, 2147483647, 2,\n", "line 2, column 1", "more than 2^62 MACs"),
+        (f"Layer, M, N, K, Sparsity\na, 1, 1, 1, 1:{10**20}\n", "line 2, column 15", "out of range"),
+        ("Layer, M, N, K, Sparsity\na, 1, 1, 1, 1:1025\n", "line 2, column 15", "at most 1,024"),
+        ("Layer, M, N, K, Batch\na, 1, 1, 1, 65537\n", "line 2, column 13", "at most 65,536"),
+        (CONV[:-2] + ",,,Eh,\na, 8, 9, 3, 2, 4, 5, 2,,,6,\n", "line 1, column 99", "this column is empty"),
+        (CONV + "a, 8, 9, 3, 2, 4, 5, 2,,,6,\n", "line 2, column 24", "11 cells, this one empty"),
+        (CONV.replace(",", "\t"), "line 1, column 11", "separated by tabs; commas are needed"),
+        (CONV + "a;8;9;3;2;4;5;2\n", "line 2, column 2", "separated by semicolons"),
+        ("Layer, M, N, K\na,\n", "line 2, column 2", "1 values; 4 are needed"),
+        ("Layer, M, N, K\n,\n", "line 1, column 1", "no layer follows"),
     ],
 )
 def test_bad_topologies_are_named_by_place(tmp_path, text, place, what):
@@ -254,6 +278,63 @@ def test_bad_topologies_are_named_by_place(tmp_path, text, place, what):
         read_topology(path)
     assert f"{path}, {place}: " in str(raised.value)
     assert what in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "note"),
+    [
+        (CONV.replace("\n", "\r\n") + "a, 8, 9, 3, 2, 4, 5, 2,\r\n\r\n", 1, None),
+        (CONV + "a, 8, 9, 3, 2, 4, 5, 2,,,\n", 1, "line 2: empty cells at the end are dropped"),
+        (CONV + "a, 8, 9, 3, 2, 4, 5, 2,\n,,,,,,,,\n", 1, "line 3: a line of commas is a blank line"),
+        (
+            CONV + "# one, two\na, 8, 9, 3, 2, 4, 5, 2, # 3, 4\n",
+            1,
+            "lines 2, 3: what follows a # is a comment",
+        ),
+        (CONV + "a, 8, 9, 3, 2, 4, 5, 2 #3\n", 1, "line 2: what follows a # is a comment"),
+        (
+            CONV.replace("Height", "Width", 1) + "a, 8, 9, 3, 2, 4, 5, 2,\n",
+            1,
+            "line 1: ifmap width is there twice",
+        ),
+        (CONV.replace("Layer name", "L") + "a, 8, 9, 3, 2, 4, 5, 2,\n", 1, None),
+        (CONV.replace(",\n", ", batch size\n") + "a, 8, 9, 3, 2, 4, 5, 2, 3\n", 3, None),
+        (
+            CONV.replace(",\n", ", batch size\n") + "a, 8, 9, 3, 2, 4, 5, 2,\n",
+            1,
+            "line 2: batch size is missing; 1 ",
+        ),
+        (
+            "Strides," + CONV.replace("Strides,", "") + "2, a, 8, 9, 3, 2, 4, 5\n",
+            1,
+            "line 1: columns are read by",
+        ),
+    ],
+)
+def test_what_spreadsheets_and_people_add_is_read_over_with_a_note(tmp_path, text, layers, note):
+    path = write(tmp_path, text)
+    read = read_topology(path)
+    assert [layer.renamed("a") for layer in read.layers] == [Layer("a", 8, 9, 3, 2, 4, 5, 2, 2)] * layers
+    assert len({layer.name for layer in read.layers}) == layers
+    assert len(read.notes) == (note is not None)
+    assert all(line.startswith(f"{path}, {note}") for line in read.notes)
+
+
+def test_a_sign_of_a_comment_in_a_name_belongs_to_the_name(tmp_path):
+    assert read_topology(write(tmp_path, "Layer, M, N, K\nfc #1, 2, 3, 4\n")).layers[0].name == "fc #1"
+
+
+def test_a_layer_of_too_deep_sums_is_named_by_place_before_any_layer_runs(tmp_path):
+    path = write(tmp_path, "Layer, M, N, K,\nfc1, 4, 16, 256,\ndeep, 1, 8, 65536,\nfc3, 4, 8, 64,\n")
+    with pytest.raises(ConfigError, match=r"line 3, column 13: K=65536, could .* at most 65535 \(k\)"):
+        read_topology(path).check_values()
+    path = write(tmp_path, CONV + "a, 8, 9, 3, 2, 10923, 5, 2,\n")
+    with pytest.raises(ConfigError, match=r"column 16: K=65538, channels times filter: 10923 x 3 x 2, could"):
+        read_topology(path).check_values()
+    path = write(tmp_path, CONV + "a, 2147483647, 2147483647, 1, 1, 1, 1, 1,\n")
+    with pytest.raises(ConfigError, match=r"line 2, column 1: operands and results of layer 'a' .* GiB"):
+        read_topology(path).check_values()
+    read_topology(write(tmp_path, "Layer, M, N, K,\na, 1, 8, 65535,\n")).check_values()
 
 
 def test_missing_file(tmp_path):
@@ -283,17 +364,45 @@ InterfaceBandwidth = USER
 
 def test_v2_and_v3_configs(tmp_path):
     read = read_config(write(tmp_path, V2))
-    assert (read.run_name, read.rows, read.cols) == ('"tpu v2"', 32, 16)
+    assert (read.run_name, read.rows, read.cols) == ("tpu v2", 32, 16)
     assert read.memory == Memory(64, 32, 8, Bandwidth(10, 10, 10), TileOrder.COLUMNS_OUTER)
-    assert "IfmapOffset (line 10), MemoryBanks (line 13)" in read.notes[0]
+    assert "IfmapOffset (line 10), MemoryBanks (line 13)" in read.notes[1]
     calc = read_config(write(tmp_path, V2.replace("USER", "calc").replace("os", "OS")))
     assert calc.memory.bandwidth is None
     three = read_config(write(tmp_path, V2.replace("= 10", "= 10, 20,30").replace("[general]", "[General]")))
     assert three.memory.bandwidth == Bandwidth(10, 20, 30)
     strange = read_config(write(tmp_path, V2 + "Novelty = 3\n"))
-    assert strange.notes[1].endswith("unknown, and so without effect: Novelty (line 16)")
+    assert strange.notes[2].endswith("unknown, and so without effect: Novelty (line 16)")
     v3 = read_config(DATA / "8x8.cfg")
     assert (v3.run_name, v3.rows, v3.cols, v3.memory.bandwidth) == ("8x8", 8, 8, None)
+
+
+V1 = """\
+[general]
+run_name = "MLPERF_32x32_os"\t; a comment
+[architecture_presets]
+ArrayHeight:    32   # rows
+ArrayWidth:     16
+IfmapSramSz:    512
+FilterSramSz:   64
+OfmapSramSz:    8
+Dataflow:       os
+"""
+
+
+def test_v1_configs_have_other_names_quotes_and_no_bandwidth(tmp_path):
+    for text in (V1, V1.replace("\n", "\r\n")):
+        read = read_config(write(tmp_path, text))
+        assert (read.run_name, read.rows, read.cols) == ("MLPERF_32x32_os", 32, 16)
+        assert read.memory == Memory(512, 64, 8)
+        for note in (
+            "'; a comment' (line 2) is read as a comment",
+            "'# rows' (line 4) is read as a comment",
+            "the quotes around 'MLPERF_32x32_os' (line 2) are dropped",
+            "IfmapSramSz (line 6) is read as IfmapSramSzkB, KiB",
+            "[run_presets] is missing, as in files of v1: InterfaceBandwidth is CALC, and nothing stalls",
+        ):
+            assert any(line.endswith(note) for line in read.notes), note
 
 
 @pytest.mark.parametrize(
@@ -308,6 +417,15 @@ def test_v2_and_v3_configs(tmp_path):
         ("Bandwidth = 10", "Bandwidth = 10, 3", "line 11, column 13", "2 bandwidths"),
         ("Bandwidth = 10\n", "", "line 4, column 1", "lacks the key Bandwidth"),
         ("ArrayHeight = 32", "ArrayHeight = -32", "line 5, column 15", "-32 is too small"),
+        (
+            "Bandwidth = 10",
+            f"Bandwidth = 1{'0' * 400}",
+            "line 11, column 13",
+            "a number of 401 digits is out of range",
+        ),
+        ("ArrayHeight = 32", f"ArrayHeight = {10**19}", "line 5, column 15", "at most 65,536"),
+        ("IfmapSramSzkB = 64", f"IfmapSramSzkB = {2**24 + 1}", "line 7, column 17", "at most 16,777,216"),
+        ("IfmapOffset = 0", "IfmapSramSz = 1", "line 10, column 1", "twice"),
         ("ArrayHeight = 32", "ArrayHeight = 3.2", "line 5, column 15", "'3.2' is no integer"),
         ("ArrayHeight = 32", "ArayHeight = 32", "line 4, column 1", "lacks the key ArrayHeight"),
         ("ArrayWidth = 16", "ArrayHeight = 16", "line 6, column 1", "twice"),
@@ -338,7 +456,7 @@ def test_v2_and_v3_configs(tmp_path):
             "neither true",
         ),
         ("[run_presets]", "[general]", "line 14, column 1", "twice"),
-        ("ArrayWidth = 16\n", "ArrayWidth = 16\r\n", "line 6, column 16", "Windows line end"),
+        ("ArrayWidth = 16\n", "ArrayWidth = 1\r6\n", "line 6, column 15", "in the middle of a line"),
     ],
 )
 def test_bad_configs_are_named_by_place(tmp_path, old, new, place, what):
@@ -348,6 +466,13 @@ def test_bad_configs_are_named_by_place(tmp_path, old, new, place, what):
         read_config(path)
     assert f"{path}, {place}: " in str(raised.value)
     assert what in str(raised.value)
+
+
+def pickled():
+    """A .npy file of Python objects, which only unpickling reads."""
+    file = io.BytesIO()
+    np.save(file, np.array([{}], object), allow_pickle=True)
+    return file.getvalue()
 
 
 # -- operands and reports ----------------------------------------------------------------------------
@@ -371,6 +496,48 @@ def test_drawn_operands_have_the_densities():
     assert ((odd[:6].reshape(2, 3, 40) != 0).sum(axis=1) == 1).all()
 
 
+def test_operands_are_drawn_block_by_block_and_the_same(monkeypatch):
+    layers = [
+        Layer("x", 9, 10, 3, 3, 17, 33),
+        Layer.gemm("y", 30, 20, 71, (1, 3)),
+        Layer("z", 9, 9, 1, 1, 8, 5),
+    ]
+    whole = [draw_operands(layer, 0.3, 0.6, 3) for layer in layers]
+    monkeypatch.setattr("sysmt.scalesim.simulate.DRAWN_AT_ONCE", 100)
+    for layer, (a, b) in zip(layers, whole, strict=True):
+        again = draw_operands(layer, 0.3, 0.6, 3)
+        np.testing.assert_array_equal(again[0], a)
+        np.testing.assert_array_equal(again[1], b)
+
+
+def test_drawing_takes_little_more_than_the_operands():
+    tracemalloc.start()
+    try:
+        a, b = draw_operands(Layer.gemm("x", 4000, 500, 4000, (2, 4)), 0.5, 1.0)
+        assert tracemalloc.get_traced_memory()[1] < 4 * (a.size + b.size) + 2**26
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"1,2,3\n4,5,6\n", "is no .npy file; save one matrix of integers with numpy.save"),
+        (b"", "is no .npy file"),
+        (b"PK\x03\x04rest", "is a .npz archive"),
+        (b"\x93NUMPY\x01\x00", "holds Python objects or is damaged"),
+        (pickled(), "holds Python objects or is damaged"),
+    ],
+)
+def test_what_is_no_matrix_is_named_and_nobody_is_told_to_unpickle_it(tmp_path, content, what):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(OperandError) as raised:
+        read_matrix(path)
+    assert str(raised.value).startswith(f"{path} {what}")
+    assert "pickle" not in str(raised.value)
+
+
 def test_operands_from_files(tmp_path):
     layer = Layer.gemm("fc", 3, 4, 5)
     a, b = draw_operands(layer, 0.5, 0.5)
@@ -389,6 +556,22 @@ def test_operands_from_files(tmp_path):
     deep = Layer.gemm("deep", 1, 1, 70_000)
     with pytest.raises(OperandError, match="layer 'deep': K=70000"):
         simulate_layer(deep, draw_operands(deep, 1.0, 1.0), ArrayConfig(), Memory(), load_table())
+
+
+def test_speedup_counts_the_stalls_and_the_compute_cycles_have_one_of_their_own():
+    # 2 x 8 tiles; each next tile needs 8 rows of 8,192 activations at one byte per cycle beside 8 + 8 - 2
+    # cycles and 8,192 / T slots of computing, and the last tile waits for nothing.
+    layers = [Layer.gemm("llama_ffn", 16, 64, 8192)]
+    starved = Memory(1, 1, 1, Bandwidth(1, 1, 1))
+    (result,) = simulate(layers, ArrayConfig(8, 8, 4, drain="none"), starved)
+    row = smt_row(result, "pj")
+    assert row["compute_cycles"] == 16 * (2048 + 14)
+    assert row["cycles"] == 15 * 65_536 + 2048 + 14
+    assert row["stall_cycles"] == row["cycles"] - row["compute_cycles"]
+    assert row["speedup_cycles"] == (15 * 65_536 + 8192 + 14) / (15 * 65_536 + 2048 + 14)
+    assert row["speedup_compute_cycles"] == (8192 + 14) / (2048 + 14) == result.stats.speedup_cycles
+    (result,) = simulate(layers, ArrayConfig(8, 8, 4, drain="none"), Memory(1, 1, 1))
+    assert result.speedup_cycles == result.speedup_compute_cycles == (8192 + 14) / (2048 + 14)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

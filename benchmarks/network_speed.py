@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bench_clock import take_turns
+from turns import take_turns
 
 import sysmt
 from sysmt.nn.networks.models import build_model

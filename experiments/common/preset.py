@@ -68,7 +68,7 @@ def shared(path: str) -> Path:
     ConfigError
         If it is not there.
     """
-    root = Path(os.environ.get("SYSMT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    root = Path(os.environ.get("SYSMT_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
     if not (root / path).is_file():
         raise ConfigError(f"--preset shared needs {path} in $SYSMT_DATA or ../shared/data; {root} lacks it")
     return root / path

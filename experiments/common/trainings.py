@@ -1,22 +1,24 @@
-"""What the experiments that train small networks from scratch share: their images, and one training each."""
+"""What the experiments that train small networks from scratch share: options, images, trainings."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import shared_data
+import pandas as pd
 import typer
 from torch import nn
 
-from sysmt.cli.app import say
-from sysmt.errors import ConfigError, DivergedError, nearest
+from common import preset as presets
+from common.ledgers import slug
+from common.points import Key, still_missing
+from sysmt.errors import ConfigError, DivergedError
 from sysmt.files import cache_directory
 from sysmt.nn.data.labelled_images import ImageData, open_data
 from sysmt.nn.networks.training import History, train
+from sysmt.progress import progress_bar
 from sysmt.study.ledger import Ledger
 
 Data = Annotated[
@@ -41,7 +43,12 @@ Epochs = Annotated[
 TrainingImages = Annotated[
     int | None, typer.Option(help="Training images.", min=2, show_default="all; 5,000 of the preset")
 ]
+Runs = Annotated[int, typer.Option(help="Trainings of each, seeds 0, 1, ...", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Images of a batch; the papers' have 100.", min=2)]
+LearningRate = Annotated[float, typer.Option(help="Learning rate, at first.")]
+
 TEST_BATCH = 250
+EPOCHS, QUICK_EPOCHS = 30, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +57,28 @@ class Images:
 
     Attributes
     ----------
-    title : str
+    name : str
         What tables and figures call them.
     data : ImageData
     images, test_images : int
+    key : str
+        For file names.
     """
 
-    title: str
+    name: str
     data: ImageData
     images: int
     test_images: int
+    key: str = "digits"
 
     def facts(self) -> dict[str, Any]:
         """Return what the points depend on, for the ledger."""
         record = {"images": self.images, "test_images": self.test_images}
         return record | self.data.preprocessing.to_record() | {"fingerprint": self.data.fingerprint()}
+
+    def remarks(self) -> dict[str, Any]:
+        """Return nothing: all about them is a fact."""
+        return {}
 
 
 def open_images(
@@ -91,25 +105,29 @@ def open_images(
         raise ConfigError("--preset brings images of its own; leave out --data")
     test_images = None
     if preset:
-        spec, title = f"cifar10:{shared_data.unpack('cifar10-jpeg')}", "CIFAR-10 JPEG"
+        spec, name = f"cifar10:{presets.unpack('cifar10-jpeg')}", "CIFAR-10 JPEG"
         images, test_images = images or 5000, 1000
     else:
-        spec = title = data or "digits"
+        spec = name = data or "digits"
     opened = open_data(spec, cache_dir=cache_directory() / "decoded" if preset else None)
     channels = opened.preprocessing.channels
     preprocessing = opened.preprocessing.replace(mean=mean[:channels], std=std[:channels])
     available = opened.images("train")
     return Images(
-        title,
+        name,
         dataclasses.replace(opened, preprocessing=preprocessing),
         min(images or available, available),
         min(test_images or opened.images("test"), opened.images("test")),
     )
 
 
-def learn(
-    model: nn.Module, images: Images, ledger: Ledger, point: Mapping[str, Any], **options: Any
-) -> History | None:
+def recipe(epochs: int | None, batch_size: int, lr: float, quick: bool) -> dict[str, Any]:
+    """Return these options as `sysmt.nn.networks.training.train` takes them."""
+    usual = QUICK_EPOCHS if quick else EPOCHS
+    return {"epochs": epochs or usual, "batch_size": batch_size, "lr": lr}
+
+
+def learn(model: nn.Module, images: Images, ledger: Ledger, point: Key, **options: Any) -> History | None:
     """Train a network, going on with a training of the same point that was stopped.
 
     Parameters
@@ -117,7 +135,7 @@ def learn(
     model : nn.Module
     images : Images
     ledger : Ledger
-        Its directory keeps the checkpoint until `finish` is called.
+        Its directory keeps the checkpoint until the point is noted there.
     point : mapping
         The point's key.
     **options
@@ -135,7 +153,7 @@ def learn(
             images.data,
             images=images.images,
             test=test,
-            checkpoint=checkpoint_of(ledger, point),
+            checkpoint=_checkpoint_of(ledger, point),
             progress=False,
             **options,
         )
@@ -143,41 +161,28 @@ def learn(
         return None
 
 
-def checkpoint_of(ledger: Ledger, point: Mapping[str, Any]) -> Path:
+def _checkpoint_of(ledger: Ledger, point: Key) -> Path:
     """Return where the training of a point is kept while it is under way."""
-    name = "-".join(str(value) for value in point.values())
-    return ledger.path / f"training-{''.join(c if c.isalnum() else '-' for c in name.lower())}.pt"
+    return ledger.path / f"training-{slug('-'.join(map(str, point.values())))}.pt"
 
 
-def finish(ledger: Ledger, point: Mapping[str, Any]) -> None:
-    """Drop the checkpoint of a point that is in the ledger."""
-    checkpoint_of(ledger, point).unlink(missing_ok=True)
+def train_missing(
+    points: Sequence[Key],
+    ledger: Ledger,
+    train_one: Callable[[Key], tuple[dict[str, Any], dict[str, pd.DataFrame], str]],
+) -> None:
+    """Train what is missing, point by point, and note each in the ledger.
 
-
-@contextlib.contextmanager
-def open_small_ledger(
-    name: str, path: Path, settings: Mapping[str, Any], keys: tuple[str, ...], images: Images
-) -> Iterator[Ledger]:
-    """Open an experiment's ledger for one set of images, and say at the end where its results are."""
-    with Ledger(path, name, settings, keys) as ledger:
-        ledger.identify(images.title, images.facts())
-        try:
-            yield ledger
-        except KeyboardInterrupt:
-            say("stopped; the same command goes on from here", "yellow")
-            raise
-        print(
-            f"{len(ledger.points())} trainings in {ledger.seconds:.0f} s, CPU time "
-            f"{ledger.cpu_seconds:.0f} s; results are in {ledger.path}"
-        )
-
-
-def parse_list(text: str | None, name: str, default: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Read a list such as ``population,final`` of the command line."""
-    wanted = tuple(default) if text is None else tuple(dict.fromkeys(text.split(",")))
-    for one in wanted:
-        if one not in known:
-            raise ConfigError(
-                f"{name}={text!r}: {one!r} is unknown{nearest(one, known)}; allowed: {', '.join(known)}"
-            )
-    return wanted
+    Parameters
+    ----------
+    points : sequence of mapping
+    ledger : Ledger
+    train_one : callable
+        Takes a point; returns its values, further tables, and what to say of it.
+    """
+    with progress_bar("trainings", len(points), "trainings") as bar:
+        for point in still_missing(points, ledger, bar):
+            values, tables, note = train_one(point)
+            ledger.add({**point, **values}, tables=tables)
+            _checkpoint_of(ledger, point).unlink(missing_ok=True)
+            bar.advance(1, f"{' '.join(map(str, point.values()))}: {note}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_clock import take_turns
+from turns import take_turns
 
 from sysmt.config import ArrayConfig, Policy
 from sysmt.hw.kernels import PackedConv, PackedGemm, available_paths

@@ -1,8 +1,9 @@
 """Where low precision meets the array: collisions, errors and recalibration of networks on coarse grids.
 
-Small networks with ternary weights (seed 004), 4-bit uniform or log-scale activations (L4 of seed 001), or
-both, run with squeezed threads, with BatchNorm statistics of the population, of the final batch alone (seed
-000), or recalibrated under the array's noise (seed 003).
+Small networks with ternary weights ("Understanding BatchNorm in Ternary Training"), 4-bit uniform or
+log-scale activations (L4 of "Low-Precision Batch-Normalized Activations"), or both, run with squeezed
+threads, with BatchNorm statistics of the population, of the final batch alone ("Final Sample Batch
+Normalization"), or recalibrated under the array's noise ("Post-Training BatchNorm Recalibration").
 
 What a collision costs depends on how a grid lies in the operands' 8 bits. With the step of the grid as one
 code ("grid"), ternary weights are -1, 0, +1 and 4-bit activations 0 .. 15: narrow, so nothing is cut off
@@ -24,17 +25,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import experiment
 import numpy as np
 import pandas as pd
 import torch
 import typer
-from experiment import Out, Preset, Quick, Workload, markdown, percent, signed
+from common.command import OPTIONS, Out, Preset, Quick, main, names_in
+from common.ledgers import open_ledger, slug
+from common.networks import Workload, workloads
+from common.panels import markers, panels
+from common.points import Key, compared, grid, measure_float, recalibrated, still_missing
+from common.tables import give_or_take, markdown, percent, publish, signed
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from sysmt.cli.options import takes
-from sysmt.errors import ConfigError, nearest
 from sysmt.nn.array.simulation import Simulation
 from sysmt.nn.batchnorm.recalibration import load_statistics, recalibrate_batchnorm, save_statistics
 from sysmt.nn.low_bit.straight_through import (
@@ -48,9 +52,9 @@ from sysmt.nn.networks.training import train
 from sysmt.progress import Bar, progress_bar
 from sysmt.quant.logscale import approximate
 from sysmt.quant.uniform import ActivationRange, quantize_weights, weight_scales
-from sysmt.study.evaluate import array_facts, paired_difference
+from sysmt.study.evaluate import array_facts
 from sysmt.study.ledger import Ledger
-from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
+from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS
 
 KEYS = ("network", "scheme", "codes", "policy", "threads", "statistics")
 FLOAT, GRID, MIN_MAX = "float", "grid", "min-max"
@@ -85,9 +89,9 @@ SCHEMES = {
 }
 
 
-@takes(*experiment.OPTIONS)
-def meet(
-    chosen: dict[str, Any],
+@takes(*OPTIONS)
+def low_bits_on_the_array(
+    chosen: Key,
     preset: Preset = None,
     schemes: Annotated[
         str | None,
@@ -106,44 +110,32 @@ def meet(
     out: Out = None,
 ) -> None:
     """Measure collisions, errors and accuracy of networks with ternary weights and coarse activations."""
-    networks = experiment.workloads(chosen, preset, quick, SHARED)
-    wanted = _parse(schemes) if schemes else tuple(SCHEMES)
+    networks = workloads(chosen, preset, quick, SHARED)
+    wanted = names_in(schemes, "schemes", SCHEMES, SCHEMES)
     epochs = 2 if quick and epochs is None else epochs
     settings = {"epochs": "auto" if epochs is None else epochs, "lr": lr, "mode": MODE}
-    with experiment.open_ledger("meet", networks, KEYS, out, preset, quick, **settings) as ledger:
+    name = "low_bits_on_the_array"
+    with open_ledger(name, networks, KEYS, out, preset, quick, **settings) as ledger:
         total = sum(len(points_of("", name)) for name in wanted)
-        with progress_bar("meet", len(networks) * total, "points") as bar:
+        with progress_bar("low bits on the array", len(networks) * total, "points") as bar:
             for network in networks:
                 _Study(network, epochs, lr, ledger, bar).run(wanted)
-        names = [network.name for network in networks]
-        table = pd.concat([summarise(ledger, name, wanted) for name in names], ignore_index=True)
-        ledger.write("meet.csv", table)
-        layout = "\n".join(layout_of(table, name) for name in names)
-        ledger.write_text("meet.md", layout)
-        for index, name in enumerate(names):
-            file = "meet.png" if not index else f"meet-{index + 1}.png"
-            draw(table[table["network"] == name], ledger.path / file, name)
-        print(layout)
+        tables = [summarise(ledger, network.name, wanted) for network in networks]
+        table = pd.concat(tables, ignore_index=True)
+        ledger.write(f"{name}.csv", table)
+        publish(ledger, name, networks, table, layout_of, draw)
 
 
-def _parse(text: str) -> tuple[str, ...]:
-    names = [part.strip() for part in text.split(",")]
-    for name in names:
-        if name not in SCHEMES:
-            raise ConfigError(
-                f"schemes={text!r} has an unknown one{nearest(name, SCHEMES)}; known: {', '.join(SCHEMES)}"
-            )
-    return tuple(name for name in SCHEMES if name in names)
-
-
-def points_of(network: str, scheme: str) -> list[dict[str, Any]]:
+def points_of(network: str, scheme: str) -> list[Key]:
     """Return the keys of all points of one scheme: in float, at one thread, then squeezed."""
     first, *others = SCHEMES[scheme].codes
-    keys: list[tuple[Any, ...]] = [(FLOAT, FLOAT, 0, STATISTICS[0])]
-    keys += [(first, POLICIES[0], 1, kind) for kind in STATISTICS]
-    keys += itertools.product([first], POLICIES, (2, 4), STATISTICS)
-    keys += itertools.product(others, POLICIES, (2, 4), STATISTICS[:1])
-    return [dict(zip(KEYS, (network, scheme, *key), strict=True)) for key in keys]
+    one = ([network], [scheme])
+    return [
+        *grid(KEYS, *one, [FLOAT], [FLOAT], [0], STATISTICS[:1]),
+        *grid(KEYS, *one, [first], POLICIES[:1], [1], STATISTICS),
+        *grid(KEYS, *one, [first], POLICIES, (2, 4), STATISTICS),
+        *grid(KEYS, *one, others, POLICIES, (2, 4), STATISTICS[:1]),
+    ]
 
 
 # -- quantising --------------------------------------------------------------------------------
@@ -217,18 +209,13 @@ class _Study:
     def run(self, schemes: Sequence[str]) -> None:
         """Measure what is missing of some schemes."""
         for name in schemes:
-            points = points_of(self.network.name, name)
-            missing = [point for point in points if not self.ledger.has(**point)]
-            self.bar.advance(len(points) - len(missing))
+            missing = still_missing(points_of(self.network.name, name), self.ledger, self.bar)
             if missing:
                 self._measure(name, SCHEMES[name], missing)
 
-    def _measure(self, name: str, scheme: Scheme, missing: list[dict[str, Any]]) -> None:
+    def _measure(self, name: str, scheme: Scheme, missing: list[Key]) -> None:
         with self._quantized(name, scheme) as quantizers:
-            if missing[0]["threads"] == 0:
-                evaluation = self.subject.evaluate(f"{name} float")
-                self.ledger.add(missing.pop(0) | evaluation.to_record(), evaluation.correct)
-                self.bar.advance(1)
+            measure_float(missing, self.subject, self.ledger, self.bar, f"{name} float")
             population = save_statistics(self.model)
             final = self._final_statistics()
             with self.subject.on_array(self.config.seed, errors=True) as sim:
@@ -247,12 +234,12 @@ class _Study:
                         self._measure_point(point, sim)
                         load_statistics(self.model, population)
 
-    def _measure_point(self, point: dict[str, Any], sim: Simulation) -> None:
+    def _measure_point(self, point: Key, sim: Simulation) -> None:
         what = f"{point['scheme']} {point['codes']} {point['policy']} {point['threads']}T"
         again = point["statistics"] == "recalibrated"
         images, seed = self.config.recalibration_images, self.config.seed
         sim.errors = False  # recalibration need not pay for them
-        with self.subject.recalibrated(MODE, images, seed) if again else contextlib.nullcontext():
+        with recalibrated(again, self.subject, MODE, images, seed):
             sim.errors = True
             sim.reset()
             evaluation = self.subject.evaluate(what)
@@ -307,8 +294,7 @@ class _Study:
             return {name: found.limit * found.scale for name, found in sim.ranges().items()}
 
     def _fine_tune(self, name: str, scheme: Scheme, simulated: set[str]) -> None:
-        slug = "".join(sign if sign.isalnum() else "-" for sign in f"{self.network.name} {name}".lower())
-        weights = self.ledger.path / f"{slug}.pt"
+        weights = self.ledger.path / f"{slug(f'{self.network.name} {name}')}.pt"
         if not weights.is_file():
             training = weights.with_name(f"{weights.stem}-training.pt")
             if scheme.ternary:
@@ -348,10 +334,10 @@ def summarise(ledger: Ledger, network: str, schemes: Sequence[str]) -> pd.DataFr
         here = ledger.correct(**point)
         if row["threads"] > 1:
             one = point | {"codes": SCHEMES[row["scheme"]].codes[0], "policy": POLICIES[0], "threads": 1}
-            row["drop"], row["drop_se"] = paired_difference(here, ledger.correct(**one))
+            row |= compared(here, ledger.correct(**one), "drop")
         if row["statistics"] == "recalibrated":
             before = ledger.correct(**point | {"statistics": "population"})
-            row["won_back"], row["won_back_se"] = paired_difference(here, before)
+            row |= compared(here, before, "won_back")
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -404,23 +390,21 @@ def _decibels(value: float) -> str:
 
 
 def _difference(value: float, error: float) -> str:
-    return "" if math.isnan(value) else f"{signed(value)} ± {100 * error:.2f}"
+    return "" if math.isnan(value) else give_or_take(signed(value), error)
 
 
 def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     """Draw collisions, SQNR and accuracy by scheme, side by side."""
-    with figure(path, width_in=12.0, height_in=4.2) as (drawing, axes):
-        axes.remove()
-        panels = drawing.subplots(1, 3)
+    with panels(path, 12.0, 4.2, columns=3) as (_, ((left, middle, right),)):
         names = _schemes(table)
         first = {name: SCHEMES[name].codes[0] for name in names}
         best = table[[row.codes == first.get(row.scheme) for row in table.itertuples()]]
         plain = best[(best["statistics"] == "population") & (best["policy"] == POLICIES[0])]
-        _collisions(panels[0], plain, names)
-        panels[0].set_title(title)
-        _errors(panels[1], table[table["statistics"] == "population"], names)
-        _accuracy(panels[2], best[best["policy"] == POLICIES[0]], names)
-        for panel in panels:
+        _collisions(left, plain, names)
+        left.set_title(title)
+        _errors(middle, table[table["statistics"] == "population"], names)
+        _accuracy(right, best[best["policy"] == POLICIES[0]], names)
+        for panel in (left, middle, right):
             panel.set_xticks(range(len(names)), [name.replace("+", " +\n") for name in names], fontsize=7)
             panel.set_xlim(-0.5, len(names) - 0.5)
             panel.grid(axis="x", visible=False)
@@ -482,20 +466,14 @@ def _accuracy(axes: Axes, best: pd.DataFrame, names: Sequence[str]) -> None:
         axes.plot([place - 0.45, place + 0.45], [100 * value] * 2, color=FLOAT_GREY, linewidth=1)
     for (index, kind), (shift, threads) in itertools.product(enumerate(STATISTICS), enumerate((2, 4))):
         rows = best[(best["threads"] == threads) & (best["statistics"] == kind)]
-        axes.errorbar(
-            np.arange(len(names)) + 0.4 * (shift - 0.5) + 0.11 * (index - 1),
-            _in_order(rows, names, "top1", 100),
-            yerr=_in_order(rows, names, "drop_se", 100),
-            color=COLOURS[2 + index],
-            marker=MARKERS[index],
-            linestyle="none",
-            capsize=2,
-            label=kind if not shift else None,
-        )
+        places = np.arange(len(names)) + 0.4 * (shift - 0.5) + 0.11 * (index - 1)
+        top1, errors = (_in_order(rows, names, column) for column in ("top1", "drop_se"))
+        label = kind if not shift else None
+        markers(axes, places, top1, errors, index, color=COLOURS[2 + index], label=label)
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_title("left: 2T, right: 4T; line: 1T, population", fontsize=8)
     axes.legend(fontsize=7)
 
 
 if __name__ == "__main__":
-    experiment.main(meet)
+    main(low_bits_on_the_array)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_clock import take_turns
-from bench_kernels import draw_operands
-from bench_networks import settle_statistics
+from kernel_speed import draw_operands
+from network_speed import settle_statistics
+from turns import take_turns
 
 import sysmt
 from sysmt.nn.networks.models import build_model

@@ -1,4 +1,4 @@
-"""Micro-benchmarks, for pytest tests/bench_kernels.py --benchmark-only; not collected by default."""
+"""Micro-benchmarks of the kernels, for ``pytest benchmarks/kernel_microbenchmarks.py --benchmark-only``."""
 
 import numpy as np
 import pytest

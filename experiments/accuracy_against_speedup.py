@@ -1,4 +1,4 @@
-"""Figure 1 of seed 003: accuracy against speedup, with and without BatchNorm recalibration.
+"""Figure 1 of "Post-Training BatchNorm Recalibration": accuracy against speedup, with it and without.
 
 Each dot is a network in which some layers run fewer threads than 4. The paper's panels are ResNet-18
 (4T with some 2T, and pruned by 40 %), ResNet-50 (4T with some 2T) and GoogLeNet (4T with some 1T) on
@@ -8,14 +8,15 @@ ImageNet; here they are the networks at hand, ``--preset shared``, or any that t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import experiment
 import pandas as pd
 import typer
-from experiment import Preset, Quick, Workload, markdown, percent
+from common.command import OPTIONS, Out, Preset, Quick, main
+from common.ledgers import open_studies, teller
+from common.networks import Workload, workloads
+from common.tables import markdown, percent
 
 from sysmt.cli.app import say
 from sysmt.cli.options import takes
@@ -25,7 +26,6 @@ from sysmt.nn.networks.training import train
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import open_workload
 from sysmt.study.plots.study import plot_accuracy_speedup
-from sysmt.study.run_directory import provenance
 from sysmt.study.search import (
     SearchConfig,
     front_table,
@@ -44,12 +44,12 @@ SHARED = ("resnet20", "resnet32")
 RETRAINING_LR = 0.005
 
 
-@takes(*(name for name in experiment.OPTIONS if name not in ("policy", "prune")))
-def figure1(
+@takes(*(name for name in OPTIONS if name not in ("policy", "prune")))
+def accuracy_against_speedup(
     chosen: dict[str, Any],
     preset: Preset = None,
     quick: Quick = False,
-    out: experiment.Out = None,
+    out: Out = None,
     dots: Annotated[int, typer.Option(help="Thread maps of each panel; each is a dot twice.")] = 24,
     sparsity: Annotated[
         float, typer.Option(help="The first network once more, with this share of weights pruned; 0: not.")
@@ -58,10 +58,8 @@ def figure1(
 ) -> None:
     """Draw accuracy against speedup for several networks, with and without recalibration."""
     dots = 8 if quick else dots
-    networks = experiment.workloads(chosen, preset, quick, SHARED)
-    path = out or Path("results") / f"figure1{'-quick' if quick else ''}"
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "made_by.txt").write_text("".join(f"{k} = {v}\n" for k, v in provenance().items()))
+    networks = workloads(chosen, preset, quick, SHARED)
+    path = open_studies("accuracy_against_speedup", out, quick)
     for network in networks:
         network.prepare()
     if sparsity:
@@ -71,11 +69,13 @@ def figure1(
         for panel, network in zip("abcdefgh", networks, strict=False):
             table = measure(network, dots, path / "study.db", bar)
             tables.append(table.assign(network=network.name))
-            plot_accuracy_speedup(table, path / f"figure1{panel}.png", f"({panel}) {network.name}")
+            plot_accuracy_speedup(
+                table, path / f"accuracy_against_speedup_{panel}.png", f"({panel}) {network.name}"
+            )
     points = pd.concat(tables)
     points.to_csv(path / "points.csv", index=False)
     text = layout_of(points)
-    (path / "figure1.md").write_text(text)
+    (path / "accuracy_against_speedup.md").write_text(text)
     print(text)
     say(f"results are in {path}")
 
@@ -102,11 +102,7 @@ def measure(network: Workload, dots: int, storage: Path, bar: Bar) -> pd.DataFra
     store.note("maps", maps)
     for mode in (NOT_RECALIBRATED, "ema"):
         store.enqueue([Point(threads, recalibrate=mode) for threads in maps], mode)
-
-    def on_point(point: Point, measured: Mapping[str, Any]) -> None:
-        bar.advance(1, f"{network.name}: {measured['speedup']:.2f}x {100 * measured['top1']:.1f} %")
-
-    Worker(store, bench.measure, network.config.seed).work(on_point)
+    Worker(store, bench.measure, network.config.seed).work(teller(bar, network.name))
     return store.table()
 
 
@@ -147,4 +143,4 @@ def layout_of(points: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    experiment.main(figure1)
+    main(accuracy_against_speedup)

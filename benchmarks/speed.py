@@ -16,12 +16,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from bench_kernels import counting_rows, gemm_rows, scaling_rows
-from bench_limits import cycle_rows, memory_rows, report_rows, thread_rows
-from bench_networks import NETWORKS, network_rows
-from bench_plots import draw_roofline, draw_scaling
+from kernel_speed import counting_rows, gemm_rows, scaling_rows
+from network_speed import NETWORKS, network_rows
 from rich.console import Console
 from rich.table import Table
+from speed_plots import draw_roofline, draw_scaling
+from threads_memory_cycles import cycle_rows, memory_rows, report_rows, thread_rows
 
 from sysmt.hw.kernels import active_path
 

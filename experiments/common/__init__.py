@@ -1,0 +1,1 @@
+"""What the experiments share: networks, ledgers, points, tables and panels."""
