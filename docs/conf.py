@@ -51,4 +51,5 @@ def skip_aliases(app, what, name, obj, skip, options):
 
 
 def setup(app):
+    """Tell Sphinx of the hook above."""
     app.connect("autodoc-skip-member", skip_aliases)
