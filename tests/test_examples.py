@@ -2,9 +2,10 @@
 
 The language of a fenced block says what is done with it:
 
-- ``python`` is run, all blocks of a page in one namespace. A block ``text`` right after it is what it must print;
-  without one it must print nothing.
+- ``python`` is run, all blocks of a page in one namespace. A block ``text`` right after it is what it must
+  print; without one it must print nothing.
 - ``console``: each line that starts with ``$ sysmt`` is run, and must print what follows it.
+- ``ini scale.cfg``, or any language and a name, is written to a file of that name, for the blocks after it.
 - ``sh`` is not run, but every option of a `sysmt` command in it must exist.
 
 Floats may differ by one percent, or by half a unit of their last digit; everything else must be equal.
@@ -49,8 +50,9 @@ def blocks(page: Path) -> list[Block]:
     return [Block(t.info.strip(), t.content, t.map[0] + 1) for t in tokens if t.type == "fence" and t.map]
 
 
-def pages_with(language: str) -> list[Path]:
-    return [page for page in PAGES if any(block.language == language for block in blocks(page))]
+PAGES_WITH_EXAMPLES = [
+    page for page in PAGES if any(block.language in ("python", "console") for block in blocks(page))
+]
 
 
 def page_id(page: Path) -> str:
@@ -83,41 +85,40 @@ def in_a_directory_with_photos(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", pages_with("python"), ids=page_id)
-def test_python_examples_print_what_the_page_says(page, in_a_directory_with_photos):
+def run_python(block: Block, page: Path, namespace: dict[str, object]) -> str:
+    printed = io.StringIO()
+    source = "\n" * block.line + block.text  # so that a traceback names the page's own line
+    with contextlib.redirect_stdout(printed):
+        exec(compile(source, str(page), "exec"), namespace)
+    return printed.getvalue()
+
+
+def run_console(block: Block, where: str) -> None:
+    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        line, _, promised = part.partition("\n")
+        words = shlex.split(line, comments=True)
+        assert words[0] == "sysmt", f"{where}: only sysmt can be run"
+        done = subprocess.run(
+            [sys.executable, "-m", *words], capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert_prints(done.stdout, promised, f"{where}: {line}")
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_EXAMPLES, ids=page_id)
+def test_examples_print_what_the_page_says(page, in_a_directory_with_photos):
     namespace: dict[str, object] = {"__name__": "__main__"}
     found = blocks(page)
     for block, following in zip(found, [*found[1:], Block("", "", 0)], strict=True):
-        if block.language != "python":
-            continue
-        printed = io.StringIO()
-        source = "\n" * block.line + block.text  # so that a traceback names the page's own line
-        with contextlib.redirect_stdout(printed):
-            exec(compile(source, str(page), "exec"), namespace)
-        promised = following.text if following.language == "text" else ""
-        assert_prints(printed.getvalue(), promised, f"{page_id(page)}, line {block.line}")
-
-
-def commands(block: Block) -> Iterator[tuple[str, str]]:
-    """Yield each command after ``$`` and what the page says it prints."""
-    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
-        line, _, promised = part.partition("\n")
-        yield line, promised
-
-
-@pytest.mark.parametrize("page", pages_with("console"), ids=page_id)
-def test_console_examples_print_what_the_page_says(page, in_a_directory_with_photos):
-    for block in blocks(page):
-        if block.language != "console":
-            continue
-        for line, promised in commands(block):
-            words = shlex.split(line, comments=True)
-            assert words[0] == "sysmt", f"{page_id(page)}, line {block.line}: only sysmt can be run"
-            done = subprocess.run(
-                [sys.executable, "-m", *words], capture_output=True, text=True, check=False, timeout=300
-            )
-            assert done.returncode == 0, done.stderr
-            assert_prints(done.stdout, promised, f"{page_id(page)}, line {block.line}: {line}")
+        where = f"{page_id(page)}, line {block.line}"
+        language, _, file_name = block.language.partition(" ")
+        if file_name:
+            Path(file_name).write_text(block.text, encoding="utf-8")
+        elif language == "python":
+            promised = following.text if following.language == "text" else ""
+            assert_prints(run_python(block, page, namespace), promised, where)
+        elif language == "console":
+            run_console(block, where)
 
 
 def shell_lines() -> Iterator[tuple[Path, str]]:
