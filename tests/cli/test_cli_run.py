@@ -175,7 +175,7 @@ def test_a_run_prices_its_events_by_the_table_that_is_named(in_tmp):
     assert "energy_pj_per_image" in default
     assert "energy_relative" in pd.read_csv("named/layers.csv")
     table = Path("mine.toml")
-    own = importlib.resources.files("sysmt.hw").joinpath("energy_45nm.toml").read_text()
+    own = importlib.resources.files("sysmt.cost").joinpath("energy_45nm.toml").read_text()
     table.write_text(re.sub(r"(?m)^(dram_byte = )([\d.]+)", r"\g<1>0", own))
     assert invoke(*line, "--energy", table, "--out", "mine").exit_code == 0
     assert pd.read_csv("mine/summary.csv").iloc[1]["energy_pj_per_image"] < default["energy_pj_per_image"]
@@ -422,5 +422,7 @@ def test_another_networks_calibration_is_refused(in_tmp):
     assert invoke("calibrate", *workload(in_tmp), "--out", "c.npz").exit_code == 0
     torch.manual_seed(0)
     hashes = [weights_hash(build_model("digits", CLASSES)), weights_hash(load_model("digits", "w.pt"))]
-    result = invoke("run", "--data", f"npz:{in_tmp}", "--weights", "w.pt", "--calibration", "c.npz")
+    result = invoke(
+        "run", "--model", "digits", "--data", f"npz:{in_tmp}", "--weights", "w.pt", "--calibration", "c.npz"
+    )
     assert_one_error_line(result, "c.npz", "other weights", *(value[:16] for value in hashes))
