@@ -29,6 +29,7 @@ nb_execution_mode = "cache"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars
 
 # One page per module, made from __all__: a public name cannot be forgotten.
 autosummary_generate = True
