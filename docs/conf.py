@@ -32,6 +32,7 @@ nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars
 
 # One page per module, made from __all__: a public name cannot be forgotten.
+default_role = "py:obj"  # `name` in a docstring links to its page
 autosummary_generate = True
 autosummary_ignore_module_all = False
 autodoc_typehints = "none"  # the docstrings name types, and shapes and units besides

@@ -1,6 +1,6 @@
 """Fixed point by dynamic range: Qm.n formats, and the integer steps between two of them.
 
-The scheme of seed 002, "Batch Normalization: A different perspective from Quantized Inference Model". Its
+The scheme of the article "Batch Normalization: A different perspective from Quantized Inference Model". Its
 listings are followed in what they mean, not to the letter, because some of them overflow:
 
 * ``2 << frac`` is 2^(frac + 1), twice the factor of `frac` fraction bits, and fails for a negative `frac`:
