@@ -51,6 +51,7 @@ rtl: $(INSTALLED)  ## lint, simulate, mutate and synthesise the Verilog; needs v
 	$(MAKE) -C rtl PYTHON=$(CURDIR)/$(BIN)/python
 
 docs: $(INSTALLED)  ## the site, warnings are errors: docs/_build/html/index.html
+	rm -rf docs/api
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 constraints: $(INSTALLED)  ## pin what is installed now
