@@ -1,4 +1,4 @@
-"""Fixed point: values worked by hand from the article on Q format, and the integer steps against exact arithmetic."""
+"""Fixed point: values worked by hand from the article, integer steps against exact arithmetic."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Every example of the README and of docs/ runs, and prints what stands below it.
+"""The README and docs/: examples run and print what stands below them, links lead somewhere.
 
 The language of a fenced block says what is done with it:
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import re
 import shlex
@@ -144,6 +145,35 @@ def test_every_option_of_a_sysmt_command_exists():
         assert options <= known[words[1]] | {"--debug", "--help"}, f"{page_id(page)}: {line}"
         seen += 1
     assert seen > 10
+
+
+def test_links_to_files_lead_somewhere():
+    """Outside docs/, that is: there Sphinx checks them."""
+    link = re.compile(r"\]\(([^)#]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"")
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+    found = {
+        page.parent / (first or second)
+        for page in pages
+        for first, second in link.findall(page.read_text(encoding="utf-8"))
+        if "://" not in first
+    }
+    assert len(found) > 15
+    assert sorted(path for path in found if not path.exists()) == []
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+def test_the_picture_of_the_array_is_what_its_script_draws(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "figures")
+    draw_array = importlib.import_module("draw_array")
+    monkeypatch.setattr(draw_array, "HERE", tmp_path)
+    draw_array.main()
+    drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(drawn) == {"array-light.svg", "array-dark.svg"}
+    for name, content in drawn.items():
+        assert (ROOT / "docs" / "figures" / name).read_bytes() == content
 
 
 @pytest.mark.parametrize(
