@@ -44,6 +44,8 @@ numpydoc_attributes_as_param_list = True
 html_theme = "furo"
 html_title = f"sysmt {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {"top_of_page_buttons": []}
 
 
