@@ -1,4 +1,4 @@
-"""One slot of one PE: what the shared multiplier does in one cycle. THE reference.
+"""One slot of one PE: what the shared multiplier does in one cycle. This is the reference.
 
 Everything else in `sysmt.hw` computes exactly this, faster. Squeezing is described in Shomron &
 Weiser, "Non-Blocking Simultaneous Multithreading" (MICRO 2020, arXiv 2004.09309), section 3; what

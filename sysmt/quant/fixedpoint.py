@@ -236,7 +236,7 @@ def floor_shift(values: npt.ArrayLike, right: int) -> Int64Array:
 def round_shift(values: npt.ArrayLike, right: int) -> Int64Array:
     """Shift integers right by `right` bits, rounding to nearest, half up; left where `right` is negative.
 
-    What adding half a step before `floor_shift` gives, which the article does not do.
+    This equals adding half a step before `floor_shift`. The article does not do it.
 
     Parameters
     ----------

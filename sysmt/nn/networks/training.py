@@ -1,4 +1,4 @@
-"""The one training loop and the one evaluation."""
+"""The training loop and the evaluation that everything in sysmt shares."""
 
 from __future__ import annotations
 
