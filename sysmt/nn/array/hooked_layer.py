@@ -127,7 +127,7 @@ class HookedLayer:
     # -- what runs -----------------------------------------------------------------------------
 
     def __call__(self, input: torch.Tensor, epilogue: Epilogue = NOTHING) -> torch.Tensor:
-        """Run the layer: in float, observed, or on the array; only there, and if asked, with an epilogue."""
+        """Run the layer in float, observed, or on the array. Only the array applies the `epilogue`."""
         self.simulation.note_execution(self, self._as_images(input).shape[0])
         if self.reason is not None:
             self._count_float(input)
