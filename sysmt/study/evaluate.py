@@ -325,7 +325,7 @@ def array_facts(
         ``energy_delay_pj_cycles_per_image`` of the simulated layers (or in the table's unit); with a
         clock ``latency_ms`` per image and ``array_images_per_second``.
     """
-    total = sum((layer.stats for layer in sim.simulated()), GemmStats(()))
+    total = sum((layer.counts.stats for layer in sim.simulated()), GemmStats(()))
     facts: dict[str, Any] = {
         "speedup": sim.speedup,
         "network_speedup": sim.network_speedup,
@@ -333,10 +333,10 @@ def array_facts(
         "network_speedup_cycles": sim.network_speedup_cycles,
         "collision_rate": total.collision_rate,
         "utilization": total.utilization,
-        "macs": sum(layer.stats.macs for layer in sim.layers.values()),
+        "macs": sum(layer.counts.stats.macs for layer in sim.layers.values()),
         "cycles": sim.cycles,
         "cycles_per_image": sim.cycles / sim.images if sim.images else math.nan,
-        **energy_facts(sim, energy),
+        **energy_facts(sim.simulated(), sim.images, energy),
     }
     if clock_mhz is not None:
         facts["latency_ms"] = facts["cycles_per_image"] / (clock_mhz * 1e3)

@@ -217,7 +217,7 @@ def layer_errors(sim: Simulation, loader: Iterable[Any], images: int) -> dict[st
     try:
         sim.set_threads(max(THREAD_COUNTS))
         measure_errors(sim, loader, images)
-        return {layer.name: layer.mse for layer in sim.simulated()}
+        return {layer.name: layer.counts.mse for layer in sim.simulated()}
     finally:
         sim.set_threads(before)
 

@@ -108,9 +108,9 @@ def throttle(sim: Simulation, layers: int, to_threads: int = 1) -> dict[str, int
     if to_threads == max(THREAD_COUNTS):
         raise ConfigError(f"to_threads={to_threads} lowers nothing; layers are lowered to 1 or 2")
     measured = {
-        layer.name: layer.mse
+        layer.name: layer.counts.mse
         for layer in sim.simulated()
-        if layer.threads > to_threads and not math.isnan(layer.mse)
+        if layer.threads > to_threads and not math.isnan(layer.counts.mse)
     }
     if not measured and any(layer.threads > to_threads for layer in sim.simulated()):
         raise CalibrationError(

@@ -16,7 +16,8 @@ import numpy as np
 
 from sysmt.errors import CalibrationError, ConfigError, WeightsError
 from sysmt.files import written_whole
-from sysmt.nn.array.simulation import FIRST_CONVOLUTION, Simulation
+from sysmt.nn.array.selection import FIRST_CONVOLUTION
+from sysmt.nn.array.simulation import Simulation
 from sysmt.nn.batchnorm.recalibration import load_statistics, save_statistics
 from sysmt.nn.networks.checkpoints import weights_hash
 from sysmt.quant.uniform import ActivationRange
@@ -109,7 +110,7 @@ def load_calibration(sim: Simulation, path: str | Path) -> dict[str, Any]:
         raise CalibrationError(f"{path} is damaged: its ranges cannot be read ({error})") from error
     first = sim.layers.get(header["first_convolution"] or "")
     if first is not None:
-        sim.note_execution(first)
+        sim.layer_called(first)
     simulated = list(sim.simulated())
     lacking = [layer.name for layer in simulated if layer.name not in ranges]
     if lacking:
