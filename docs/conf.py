@@ -24,7 +24,7 @@ nitpicky = False  # numpydoc's types are prose ("int64 tensor (N,)"), of which n
 myst_heading_anchors = 4
 myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
 
-# A notebook is run again only when it has changed.
+# A notebook is run again only when it has changed itself; `make clean` has all of them run anew.
 nb_execution_mode = "cache"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
