@@ -49,19 +49,19 @@ _OPTIONS: dict[str, Any] = {
     "model": _option(
         str,
         _NETWORK,
-        "Network: digits, resnet20, resnet32 .. resnet110, mobilenet_v1, or torchvision's name.",
+        "Network: digits32, digits, resnet20 .. resnet110, mobilenet_v1, or torchvision's name.",
     ),
     "weights": _option(
         str | None,
         _NETWORK,
         "Checkpoint: a path, torchvision:NAME, or random (where only cycles matter).",
-        show_default="digits: trained on the spot and kept",
+        show_default="digits32 and digits: trained on the spot and kept",
     ),
     "data": _option(
         str | None,
         _NETWORK,
-        "Images: digits, cifar10:DIR, npz:FILE or imagefolder:DIR.",
-        show_default="digits, for the model digits",
+        "Images: digits32, digits, cifar10:DIR, npz:FILE or imagefolder:DIR.",
+        show_default="digits32 and digits, for the models of these names",
     ),
     "train_data": _option(
         str | None,
@@ -69,7 +69,9 @@ _OPTIONS: dict[str, Any] = {
         "Training images, where --data has none; same forms.",
         show_default="those of --data",
     ),
-    "preprocessing": _option(str, _NETWORK, "auto (by image size), cifar, small, imagenet or digits."),
+    "preprocessing": _option(
+        str, _NETWORK, "auto (by image size), cifar, small, imagenet, digits or digits32."
+    ),
     "image_size": _option(
         int | None,
         _NETWORK,

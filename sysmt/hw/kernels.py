@@ -392,7 +392,7 @@ class PackedConv:
         cpu_threads: int = 1,
         count: bool = True,
     ) -> ConvResult:
-        """Quantise, convolve on the array and dequantise (NBSMT.md, "Quantisation used by the papers").
+        """Quantise, convolve on the array and dequantise (docs/semantics.md, "Quantisation").
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""One tile under the magnifying glass: every PE in every cycle, as CSV and as VCD.
+"""One tile, cycle by cycle: what every PE does, as CSV and as VCD.
 
 The cycle engine runs the tile and says how busy the array is; what each PE holds in each cycle is replayed
 beside it, register by register, and must agree with the engine, cycle by cycle and PE by PE.

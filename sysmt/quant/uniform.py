@@ -123,7 +123,7 @@ def activation_range(image_maxima: npt.ArrayLike, signed: bool) -> ActivationRan
     Parameters
     ----------
     image_maxima : array (images,), float
-        For each calibration image the maximum of x, or of |x| if `signed` (or a percentile of them).
+        For each calibration image the maximum of x, or of ``|x|`` if `signed` (or a percentile of them).
     signed : bool
         Whether calibration saw a negative activation.
 

@@ -21,7 +21,7 @@ from sysmt.nn.array.simulation import Simulation, attach
 from sysmt.nn.batchnorm.recalibration import load_statistics, recalibrate_batchnorm, save_statistics
 from sysmt.nn.data.labelled_images import ImageData, Loader, open_data
 from sysmt.nn.networks.checkpoints import weights_hash
-from sysmt.nn.networks.digits import trained_digits
+from sysmt.nn.networks.digits import DIGITS, trained_digits
 from sysmt.nn.networks.models import build_model, load_model
 from sysmt.nn.networks.pruning import prune_model
 from sysmt.nn.networks.training import Evaluation, evaluate
@@ -280,7 +280,7 @@ def open_workload(config: RunConfig) -> tuple[nn.Module, ImageData]:
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     torch.manual_seed(config.seed)
-    is_digits = config.model == "digits"
+    is_digits = config.model in DIGITS
     if config.data is None and not is_digits:
         raise ConfigError(f"model {config.model!r} needs data, such as npz:FILE or imagefolder:DIR")
     if config.weights is None and not is_digits:
@@ -289,7 +289,7 @@ def open_workload(config: RunConfig) -> tuple[nn.Module, ImageData]:
             f"{RANDOM_WEIGHTS!r} where only cycles matter"
         )
     data = open_data(
-        config.data or "digits",
+        config.data or config.model,
         train=config.train_data,
         preprocessing=config.preprocessing,
         image_size=config.image_size,
@@ -297,7 +297,7 @@ def open_workload(config: RunConfig) -> tuple[nn.Module, ImageData]:
         seed=config.seed,
     )
     if config.weights is None:
-        return trained_digits(), data
+        return trained_digits(name=config.model), data
     if config.weights == RANDOM_WEIGHTS:
         return build_model(config.model, data.num_classes, data.preprocessing.channels), data
     return load_model(config.model, config.weights), data

@@ -55,10 +55,11 @@ class RunConfig:
     model : str
         A name that `sysmt.nn.networks.models.build_model` knows.
     weights : str or None
-        Path, ``"torchvision:NAME"`` or ``"random"``; None for ``"digits"``, which is trained on the spot.
+        Path, ``"torchvision:NAME"`` or ``"random"``; None for ``"digits32"`` and
+        ``"digits"``, which are trained on the spot.
     data, train_data : str or None
         Data specifications (see `sysmt.nn.data.labelled_images.open_data`); the second for training
-        images, where `data` has none. None means ``"digits"`` for the model of that name.
+        images, where `data` has none. None means ``"digits32"`` or ``"digits"`` for the model of that name.
     preprocessing : str
         Preset name, or ``"auto"``.
     image_size : int or None
@@ -112,7 +113,7 @@ class RunConfig:
         If a value is outside what is listed above.
     """
 
-    model: str = "digits"
+    model: str = "digits32"
     weights: str | None = None
     data: str | None = None
     train_data: str | None = None

@@ -422,5 +422,7 @@ def test_another_networks_calibration_is_refused(in_tmp):
     assert invoke("calibrate", *workload(in_tmp), "--out", "c.npz").exit_code == 0
     torch.manual_seed(0)
     hashes = [weights_hash(build_model("digits", CLASSES)), weights_hash(load_model("digits", "w.pt"))]
-    result = invoke("run", "--data", f"npz:{in_tmp}", "--weights", "w.pt", "--calibration", "c.npz")
+    result = invoke(
+        "run", "--model", "digits", "--data", f"npz:{in_tmp}", "--weights", "w.pt", "--calibration", "c.npz"
+    )
     assert_one_error_line(result, "c.npz", "other weights", *(value[:16] for value in hashes))

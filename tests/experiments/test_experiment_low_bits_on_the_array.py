@@ -27,7 +27,20 @@ def weights(tmp_path_factory):
 
 
 def run(weights, out, *args, code=0):
-    options = ["--weights", weights, "--data", "digits", "--out", out, "--images", IMAGES, "--epochs", 1]
+    options = [
+        "--model",
+        "digits",
+        "--weights",
+        weights,
+        "--data",
+        "digits",
+        "--out",
+        out,
+        "--images",
+        IMAGES,
+        "--epochs",
+        1,
+    ]
     options += ["--calibration-images", 64, "--recalibration-images", 128, "--cpu-threads", 1]
     return small_experiments.run(on_array, *options, *args, code=code)
 

@@ -35,7 +35,7 @@ def weights(tmp_path_factory):
 def small(weights, out, images=IMAGES):
     """The options of a small run."""
     return [
-        *("--weights", weights, "--data", "digits", "--out", out),
+        *("--model", "digits", "--weights", weights, "--data", "digits", "--out", out),
         *("--images", images, "--calibration-images", 64),
     ]
 
@@ -152,7 +152,10 @@ def test_another_configuration_is_refused(weights, tmp_path):
     before = (tmp_path / "config.toml").read_text()
     for changed, what in (
         ([*small(weights, tmp_path, images=11), *options], "images = 10, now it is 11"),
-        (["--weights", weights, "--data", "digits", "--out", tmp_path, *options], "images = 10"),
+        (
+            ["--model", "digits", "--weights", weights, "--data", "digits", "--out", tmp_path, *options],
+            "images = 10",
+        ),
         ([*small(weights, tmp_path, images=10), *options, "--mode", "final"], "mode = 'ema'"),
     ):
         with pytest.raises(OutputError, match=what):

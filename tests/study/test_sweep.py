@@ -121,7 +121,7 @@ def in_tmp(tmp_path, monkeypatch, images):
 
 
 def config(file, **more):
-    return RunConfig(weights="random", data=f"npz:{file}", batch_size=8, **more)
+    return RunConfig(model="digits", weights="random", data=f"npz:{file}", batch_size=8, **more)
 
 
 def test_the_bench_measures_what_a_run_measures(in_tmp):

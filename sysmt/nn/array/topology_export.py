@@ -20,7 +20,7 @@ __all__ = ["ExportedTopology", "export_named", "export_topology", "input_size"]
 
 _SIDES = {
     "digits": 16,
-    **dict.fromkeys(("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"), 32),
+    **dict.fromkeys(("digits32", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"), 32),
     "inception_v3": 299,
 }
 _USUAL_SIDE = 224
@@ -151,4 +151,4 @@ def export_named(name: str, image_size: int | None = None) -> ExportedTopology:
     side = input_size(name) if image_size is None else parse_count(image_size, "image_size")
     with torch.device("meta"):  # shapes only: nothing is allocated or computed
         model = build_model(name)
-    return export_topology(model, (1 if name == "digits" else 3, side, side))
+    return export_topology(model, (1 if name in ("digits", "digits32") else 3, side, side))

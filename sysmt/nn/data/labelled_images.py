@@ -1,4 +1,4 @@
-"""Labelled images by specification: ``"digits"``, ``"cifar10:DIR"``, ``"npz:FILE"``, ``"imagefolder:DIR"``.
+"""Labelled images by specification, such as ``"digits"``, ``"npz:FILE"`` or ``"imagefolder:DIR"``.
 
 One object, `ImageData`, holds both splits and hands out loaders that give the same batches each time
 they are iterated.
@@ -238,15 +238,16 @@ def open_data(
     ----------
     spec : str
         ``"digits"``: the 1,797 handwritten digits of scikit-learn, 16 × 16, made harder with shifts
-        and noise. ``"cifar10:DIR"``: the python version of CIFAR-10, or image folders train/ and
-        test/. ``"npz:FILE"``: uint8 arrays x_train, x_test (N, H, W, C) or (N, H, W) with labels
-        y_train, y_test. ``"imagefolder:DIR"``: a folder per class below train/ and val/ (or
-        test/), or below DIR itself, which then serves for evaluation only.
+        and noise. ``"digits32"``: the same digits, each anywhere on 32 × 32 black pixels.
+        ``"cifar10:DIR"``: the python version of CIFAR-10, or image folders train/ and test/.
+        ``"npz:FILE"``: uint8 arrays x_train, x_test (N, H, W, C) or (N, H, W) with labels y_train, y_test.
+        ``"imagefolder:DIR"``: a folder per class below train/ and val/ (or test/), or below DIR itself,
+        which then serves for evaluation only.
     train : str, optional
         A second specification to take the training images from: its training split, or its only one.
     preprocessing : str or Preprocessing, optional
-        One of ``"auto"`` (the default), ``"cifar"``, ``"small"``, ``"imagenet"``, ``"digits"``, or
-        your own. ``"auto"`` goes by the size of the images and leaves a note.
+        One of ``"auto"`` (the default), ``"cifar"``, ``"small"``, ``"imagenet"``, ``"digits"``,
+        ``"digits32"``, or your own. ``"auto"`` goes by the size of the images and leaves a note.
     image_size : int, optional
         Scale the images to this input size.
     classes : str, Path or sequence of str, optional

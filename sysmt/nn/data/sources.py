@@ -71,6 +71,7 @@ def read_data(spec: str, classes: str | Path | Sequence[str] | None = None) -> R
     kind, _, path = str(spec).partition(":")
     kinds = {
         "digits": "digits",
+        "digits32": "digits32",
         "cifar10": "cifar10:DIR",
         "npz": "npz:FILE",
         "imagefolder": "imagefolder:DIR",
@@ -81,10 +82,10 @@ def read_data(spec: str, classes: str | Path | Sequence[str] | None = None) -> R
         )
     if classes is not None and kind not in ("imagefolder", "cifar10"):
         raise DataError(f"classes are for image folders; data {spec!r} has labels that are numbers already")
-    if kind == "digits":
+    if kind in ("digits", "digits32"):
         if path:
-            raise DataError(f"data {spec!r} takes no path; write 'digits'")
-        return _read_digits()
+            raise DataError(f"data {spec!r} takes no path; write {kind!r}")
+        return _read_digits(kind)
     if not path:
         raise DataError(f"data {spec!r} needs a path; write {kinds[kind]}")
     where = Path(path).expanduser()
@@ -99,25 +100,27 @@ def read_data(spec: str, classes: str | Path | Sequence[str] | None = None) -> R
     return _read_folders(where, classes)
 
 
-def _read_digits() -> RawData:
+def _read_digits(kind: str) -> RawData:
     """Split scikit-learn's digits, scale them to 16 × 16, and shift and smudge the test images.
 
-    Every third image of a class is a test image. Training images get their shifts and noise from the
-    augmentation; a test image has its own, always the same.
+    ``"digits32"`` sets them into the middle of 32 × 32 black pixels first. Every third image of a class
+    is a test image. Training images get their shifts and noise from the augmentation; a test image has
+    its own, always the same.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = torch.from_numpy(np.round(digits.images * (255 / 16))).unsqueeze(1)
     large = torch.nn.functional.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
-    pixels = large.round().to(torch.uint8)
+    recipe = preset(kind)
+    margin = (recipe.image_size - large.shape[-1]) // 2
+    pixels = torch.nn.functional.pad(large.round().to(torch.uint8), (margin, margin, margin, margin))
     labels = digits.target.astype(np.int64)
     rank = np.empty_like(labels)
     for digit in range(10):
         rank[labels == digit] = np.arange(np.count_nonzero(labels == digit))
     is_test = rank % 3 == 2
     rng = np.random.default_rng(0)
-    recipe = preset("digits")
     count = int(is_test.sum())
     offsets = torch.from_numpy(rng.integers(0, 2 * recipe.pad_pixels + 1, (count, 2)))
     test = pad_crop_flip(pixels[torch.from_numpy(is_test)], recipe.pad_pixels, offsets)
@@ -128,7 +131,7 @@ def _read_digits() -> RawData:
             "test": (test.numpy(), labels[is_test]),
         },
         class_names=tuple("0123456789"),
-        preset="digits",
+        preset=kind,
     )
 
 

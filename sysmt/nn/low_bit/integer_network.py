@@ -1,6 +1,6 @@
 """A whole network in Q format on the array, and its SQNR after each stage: input, convolution, BatchNorm.
 
-The simulation model of seed 002, "Batch Normalization: A different perspective from Quantized Inference
+The simulation model of the article "Batch Normalization: A different perspective from Quantized Inference
 Model", with squeezed threads: the noise of the number format and of the array are measured together.
 """
 

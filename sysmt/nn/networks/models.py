@@ -26,6 +26,7 @@ __all__ = [
 
 _SMALL_RESNETS = {
     "digits": ((1, 1, 1), 8),
+    "digits32": ((1, 1, 1), 4),
     "resnet20": ((3, 3, 3), 16),
     "resnet32": ((5, 5, 5), 16),
     "resnet44": ((7, 7, 7), 16),
@@ -224,8 +225,8 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     num_classes : int, optional
         Logits; by default 10 for the small networks and 1000 for the others.
     in_channels : int, optional
-        Image channels; by default 1 for ``"digits"`` and 3 for the others. Only networks for small
-        images can be built for another number.
+        Image channels; by default 1 for ``"digits"`` and ``"digits32"``, and 3 for the others. Only networks
+        for small images can be built for another number.
 
     Returns
     -------
@@ -244,7 +245,7 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     if in_channels is not None:
         in_channels = parse_count(in_channels, "in_channels")
     if name in _SMALL_RESNETS:
-        channels = in_channels or (1 if name == "digits" else 3)
+        channels = in_channels or (1 if name in ("digits", "digits32") else 3)
         blocks, width = _SMALL_RESNETS[name]
         return SmallResNet(blocks, num_classes or 10, channels, width).eval()
     if name == "vgg7":

@@ -40,13 +40,13 @@ __all__ = [
 
 
 class PruningMethod(StrEnum):
-    """What decides which weights go."""
+    """The criterion by which weights are chosen for pruning."""
 
     MAGNITUDE = "magnitude"
 
 
 class PruningScope(StrEnum):
-    """Among which weights the smallest are looked for."""
+    """Whether the smallest weights are looked for in all layers together or in each layer."""
 
     GLOBAL = "global"
     LAYER = "layer"

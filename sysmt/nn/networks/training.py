@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop that everything in sysmt shares."""
 
 from __future__ import annotations
 

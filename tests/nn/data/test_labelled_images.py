@@ -261,7 +261,7 @@ def test_images_are_scaled_on_request_only(tmp_path: Path) -> None:
     ("spec", "words"),
     [
         ("imagefoldr:x", "did you mean 'imagefolder'"),
-        ("mnist", "allowed: digits, cifar10:DIR"),
+        ("mnist", "allowed: digits, digits32, cifar10:DIR"),
         ("npz", "needs a path"),
         ("npz:/nowhere.npz", "/nowhere.npz is missing"),
         ("imagefolder:/nowhere", "/nowhere is missing"),
@@ -294,6 +294,21 @@ def test_digits() -> None:
     assert x.shape == (596, 1, 16, 16)
     assert torch.equal(x, everything(open_data("digits", seed=5).loader("test"))[0])
     assert data.fingerprint() == open_data("digits").fingerprint()
+
+
+def test_digits32_are_the_same_digits_anywhere_on_a_black_ground() -> None:
+    small, large = open_data("digits"), open_data("digits32")
+    assert [large.images(split) for split in ("train", "test")] == [1201, 596]
+    plain = large.loader("train", shuffle=False)
+    x, labels = everything(plain)
+    assert x.shape == (1201, 1, 32, 32)
+    assert torch.equal(x[:, :, 8:24, 8:24], everything(small.loader("train", shuffle=False))[0])
+    assert bool((x[:, :, :8] == -1).all())  # black, before augmentation
+    moved, same_labels = everything(large.loader("train", shuffle=False, augment=True))
+    assert torch.equal(labels, same_labels)
+    ink = moved.clamp(min=0).sum(dim=(1, 2))  # by column: noise on black stays below 0
+    centre = (ink * torch.arange(32)).sum(dim=1) / ink.sum(dim=1)
+    assert float(centre.max() - centre.min()) > 12  # crops move by 8 pixels to either side
 
 
 # -- image folders -----------------------------------------------------------------------------

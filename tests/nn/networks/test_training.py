@@ -441,6 +441,22 @@ def test_digits_reach_their_accuracy(tmp_path: Path) -> None:
     assert evaluate(model, open_data("digits").loader("test"), progress=False).top1 > 0.97
 
 
+@pytest.mark.slow
+def test_digits32_lose_accuracy_at_four_threads_and_recalibration_wins_some_back(tmp_path: Path) -> None:
+    model = trained_digits(tmp_path, name="digits32", progress=False)
+    data = open_data("digits32")
+    training, test = data.loader("train", augment=True), data.loader("test")
+    as_float = evaluate(model, test, progress=False).top1
+    with sysmt.attach(model, sysmt.ArrayConfig(threads=4)) as sim:
+        sim.calibrate(training, images=training.images)
+        squeezed = evaluate(model, test, progress=False).top1
+        sysmt.recalibrate_batchnorm(model, training, images=training.images)
+        recalibrated = evaluate(model, test, progress=False).top1
+    assert as_float > 0.9
+    assert squeezed < as_float - 0.02
+    assert recalibrated > squeezed + 0.005
+
+
 # -- progress ----------------------------------------------------------------------------------
 
 
