@@ -90,6 +90,8 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 def _module(where: str, error: type[SysmtError]) -> ModuleType:
     """Import a file or a module, once."""
+    import sysmt.nn.torchvision_import  # noqa: F401  (their import of torchvision may need its remedy)
+
     if not where.endswith(".py"):
         try:
             return importlib.import_module(where)

@@ -1,5 +1,6 @@
 """Networks and data sets of the user's own, by file and function."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -170,9 +171,7 @@ def test_what_own_data_sets_do_wrong_is_named(data: str, name: str, message: str
 
 
 def test_timm_is_named_where_it_is_missing() -> None:
-    try:
-        import timm  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("timm") is None:
         with pytest.raises(ConfigError, match="needs the package timm"):
             build_model("timm:resnet18")
     else:

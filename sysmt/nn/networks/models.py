@@ -280,6 +280,8 @@ def _is_foreign(name: str) -> bool:
 def _foreign_model(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
     """Build one of timm's networks, or what the user's own code gives."""
     if name.startswith(_TIMM):
+        import sysmt.nn.torchvision_import  # noqa: F401  (timm's import of torchvision may need its remedy)
+
         try:
             import timm
         except ImportError as error:
