@@ -121,7 +121,7 @@ static int32_t work_output(const Operand *a, const Operand *w, int64_t slots, co
     return sum;
 }
 
-/* Fetch one activation as an integer: quantised by NBSMT.md's float32 rule, or as it stands. */
+/* Fetch one activation as an integer: quantised by the float32 rule of docs/semantics.md, or as it stands. */
 static int fetch(const Source *source, int64_t index, bool is_signed, Outcome *outcome) {
     if (!source->is_float)
         return is_signed ? ((const int8_t *)source->data)[index] : ((const uint8_t *)source->data)[index];

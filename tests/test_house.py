@@ -15,7 +15,7 @@ PACKAGE = Path(sysmt.__file__).parent
 # What each room may import from sysmt, besides itself. Ground-floor modules are importable by all.
 GROUND = {"archives", "config", "errors", "files", "progress"}
 MACHINE = {"hw", "cost", "scalesim"}
-PASSES = {"nn.passes", "nn.torchvision_import"}
+PASSES = {"nn.passes", "nn.torchvision_import", "nn.own_code"}
 MAY_IMPORT = {
     "hw": set(),
     "cost": {"hw"},
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "quant": set(),
     "nn.passes": set(),
     "nn.torchvision_import": set(),
+    "nn.own_code": {"nn.torchvision_import"},
     "nn.data": PASSES,
     "nn.batchnorm": PASSES | {"quant"},
     "nn.networks": PASSES | {"quant", "nn.data", "nn.batchnorm"},

@@ -68,7 +68,7 @@ def input_batch(item: Any, error: type[SysmtError]) -> torch.Tensor:
         raise error(
             f"the loader gave {type(item).__name__}; batches must be tensors or (tensor, target) pairs"
         )
-    target = parts[1] if len(parts) > 1 else None
+    target = parts[1] if len(parts) > 1 and batch.ndim < 4 else None  # four axes are a batch of images
     if isinstance(target, Number | np.generic) or (isinstance(target, torch.Tensor) and not target.ndim):
         raise error(
             f"the loader gave one target for inputs of shape {tuple(batch.shape)}: these are single images, "

@@ -168,7 +168,7 @@ class QFormat:
             If `x` is no array of real, finite numbers.
         """
         values = _finite(x, "x")
-        with np.errstate(over="ignore"):  # infinity saturates like any other large number
+        with np.errstate(over="ignore", under="ignore"):  # infinity saturates like any other large number
             scaled = np.ldexp(values, self.fraction_bits)
         return np.clip(np.rint(scaled), self.low, self.high).astype(_smallest_dtype(self.bits))
 

@@ -781,4 +781,7 @@ def _check_free(model: nn.Module) -> None:
                     f"layer {name!r} is compiled by TorchScript: it runs in float, uncounted", stacklevel=5
                 )
         elif isinstance(module.__dict__.get("forward"), StandIn):
-            raise ConfigError(f"module {name!r} is attached to a simulation already; detach that one first")
+            raise ConfigError(
+                f"module {name!r} is attached to a simulation or a Q-format network already; detach that "
+                "first"
+            )

@@ -23,7 +23,7 @@ from sysmt.nn.batchnorm.dataflow import (
     still_called,
     trace_flow,
 )
-from sysmt.nn.batchnorm.recalibration import named_batchnorms
+from sysmt.nn.batchnorm.statistics import named_batchnorms, scale_and_shift
 
 __all__ = ["FoldReport", "fold_batchnorm"]
 
@@ -253,7 +253,7 @@ class _Fold:
 def _fold(batchnorm: _BatchNorm, layer: nn.Module | str) -> _Fold | str:
     """Compute what a layer becomes that absorbs a BatchNorm, or say why numbers do not allow it."""
     assert isinstance(layer, LINEAR_LAYERS)
-    scale, shift = _affine(batchnorm)
+    scale, shift = scale_and_shift(batchnorm)
     if not scale.isfinite().all() or not shift.isfinite().all():
         return "its scale or shift is not finite"
     weight = _weight(layer)
@@ -275,20 +275,6 @@ def _weight(layer: nn.Module) -> nn.Parameter:
     """Return the parameter behind a layer's weight: what lies under the mask of a pruned one."""
     own = dict(layer.named_parameters(recurse=False))
     return own["weight_orig"] if "weight_orig" in own else own["weight"]
-
-
-def _affine(batchnorm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return the scale and the shift that the layer applies per channel, in float64."""
-    assert batchnorm.running_mean is not None
-    assert batchnorm.running_var is not None
-    mean, variance = batchnorm.running_mean.double(), batchnorm.running_var.double()
-    scale = (variance + batchnorm.eps).rsqrt()
-    if batchnorm.weight is not None:
-        scale = scale * batchnorm.weight.detach().double()
-    shift = -mean * scale
-    if batchnorm.bias is not None:
-        shift = shift + batchnorm.bias.detach().double()
-    return scale, shift
 
 
 def _apply(model: nn.Module, example: Tensor | None, folds: Mapping[str, _Fold]) -> set[str]:

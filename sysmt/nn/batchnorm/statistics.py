@@ -19,6 +19,7 @@ __all__ = [
     "named_batchnorms",
     "running_buffers",
     "save_statistics",
+    "scale_and_shift",
     "set_statistics",
 ]
 
@@ -119,3 +120,21 @@ def set_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     with torch.no_grad():
         for buffer, value in zip(running_buffers(layer), (mean, variance), strict=True):
             buffer.copy_(value)
+
+
+def scale_and_shift(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return what a layer multiplies each channel by in inference, and what it adds then.
+
+    Returns
+    -------
+    scale, shift : float64 tensors (channels,)
+        γ / sqrt(variance + eps), and β - mean · scale.
+    """
+    mean, variance = (value.detach().double() for value in running_buffers(layer))
+    scale = (variance + layer.eps).rsqrt()
+    if layer.weight is not None:
+        scale = scale * layer.weight.detach().double()
+    shift = -mean * scale
+    if layer.bias is not None:
+        shift = shift + layer.bias.detach().double()
+    return scale, shift

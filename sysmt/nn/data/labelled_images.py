@@ -30,6 +30,7 @@ from sysmt.nn.data.preprocessing import (
     preset,
 )
 from sysmt.nn.data.sources import RawData, read_data
+from sysmt.nn.own_code import is_own_code
 
 __all__ = ["ImageData", "Loader", "Split", "open_data"]
 
@@ -242,7 +243,10 @@ def open_data(
         ``"cifar10:DIR"``: the python version of CIFAR-10, or image folders train/ and test/.
         ``"npz:FILE"``: uint8 arrays x_train, x_test (N, H, W, C) or (N, H, W) with labels y_train, y_test.
         ``"imagefolder:DIR"``: a folder per class below train/ and val/ (or test/), or below DIR itself,
-        which then serves for evaluation only.
+        which then serves for evaluation only. ``"path/to/data.py:build"`` or
+        ``"package.module:build"``: what a function of your own returns (so its code runs), anything with
+        a length and items (image, label), images as PIL's or uint8; called for each split if it takes
+        `split`.
     train : str, optional
         A second specification to take the training images from: its training split, or its only one.
     preprocessing : str or Preprocessing, optional
@@ -297,6 +301,8 @@ def open_data(
 
 
 def _short_name(spec: str) -> str:
+    if is_own_code(spec):
+        return Path(spec).name
     kind, _, path = spec.partition(":")
     return f"{kind}:{Path(path).stem}" if path else kind
 

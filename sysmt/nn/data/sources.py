@@ -17,6 +17,7 @@ from sysmt.archives import read_npz
 from sysmt.errors import DataError, nearest
 from sysmt.nn.data.pixels import find_images
 from sysmt.nn.data.preprocessing import add_noise, pad_crop_flip, preset
+from sysmt.nn.own_code import call_own, is_own_code, takes_own
 
 __all__ = ["CLASSES_FILE", "RawData", "read_data"]
 
@@ -68,6 +69,8 @@ class RawData:
 
 def read_data(spec: str, classes: str | Path | Sequence[str] | None = None) -> RawData:
     """Read what a specification names, `classes` in the order given; see `labelled_images.open_data`."""
+    if is_own_code(str(spec)):
+        return _read_own(str(spec))
     kind, _, path = str(spec).partition(":")
     kinds = {
         "digits": "digits",
@@ -78,7 +81,8 @@ def read_data(spec: str, classes: str | Path | Sequence[str] | None = None) -> R
     }
     if kind not in kinds:
         raise DataError(
-            f"data {spec!r} is unknown{nearest(kind, kinds)}; allowed: {', '.join(kinds.values())}"
+            f"data {spec!r} is unknown{nearest(kind, kinds)}; allowed: {', '.join(kinds.values())}, "
+            "and your own as path/to/data.py:build"
         )
     if classes is not None and kind not in ("imagefolder", "cifar10"):
         raise DataError(f"classes are for image folders; data {spec!r} has labels that are numbers already")
@@ -98,6 +102,43 @@ def read_data(spec: str, classes: str | Path | Sequence[str] | None = None) -> R
     if kind == "cifar10" and not (where / "train").is_dir() and classes is None:
         return _read_cifar10(where)
     return _read_folders(where, classes)
+
+
+def _read_own(spec: str) -> RawData:
+    """Call the user's function, for each split if it has a parameter `split`, and keep its images."""
+    raw = RawData()
+    for split in ("test", "train"):
+        made = call_own(spec, DataError, split=split)
+        if made is None:
+            continue
+        if not hasattr(made, "__getitem__") or not hasattr(made, "__len__"):
+            raise DataError(
+                f"{spec} gave a {type(made).__name__}; a data set with a length and items is needed"
+            )
+        items = [made[index] for index in range(len(made))]
+        if not items or not all(isinstance(item, Sequence) and len(item) == 2 for item in items):
+            raise DataError(
+                f"{spec} gave a {type(made).__name__} of {len(items)} items; (image, label) pairs are needed"
+            )
+        pixels = [np.asarray(image) for image, _ in items]
+        shapes = Counter((image.shape, str(image.dtype)) for image in pixels)
+        if len(shapes) > 1 or pixels[0].dtype != np.uint8:
+            kinds = ", ".join(f"{shape} of {dtype}" for shape, dtype in list(shapes)[:2])
+            raise DataError(
+                f"{spec} gave images of {kinds}; PIL images or uint8 arrays (height, width, 1 or 3) of one "
+                "size are needed, without transforms: scaling and normalising are the preprocessing's"
+            )
+        raw.arrays[split] = (
+            _checked_pixels(np.stack(pixels), f"{spec} ({split})"),
+            _checked_labels(np.asarray([label for _, label in items]), len(items), f"{spec} ({split})"),
+        )
+        names = getattr(made, "classes", None)
+        raw.class_names = tuple(map(str, names)) if names is not None else raw.class_names
+        if not takes_own(spec, "split", DataError):
+            break
+    if not raw.arrays:
+        raise DataError(f"{spec} gave None for both splits; a data set is needed")
+    return raw
 
 
 def _read_digits(kind: str) -> RawData:

@@ -8,7 +8,7 @@ import pickle
 import re
 import urllib.error
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +30,16 @@ __all__ = [
     "resolve_weights",
     "save_weights",
     "weights_hash",
+    "without_prefix",
 ]
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
-"""Keys under which training scripts keep the state_dict."""
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "model_ema", "state_dict_ema", "ema")
+"""Keys under which training scripts keep the state_dict; the first of them that is there counts."""
+
+_SUBMODULES = ("model.", "net.", "network.")
+"""Names under which a training's own module holds the network, as Lightning's do."""
+
+_SAFETENSORS = ".safetensors"
 
 _AUXILIARY = re.compile(r"(aux1|aux2|AuxLogits)\.")
 """Training-time classifiers of GoogLeNet and Inception-v3, which evaluation does not run."""
@@ -74,13 +80,15 @@ def read_torch_file(path: str | Path) -> Any:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint into a plain state_dict.
 
-    Understood are a state_dict, one kept under ``"state_dict"``, ``"model"``, ``"model_state_dict"``
-    or ``"net"``, a common ``"module."`` prefix, half precision (floating-point values become
-    float32), and masks of `torch.nn.utils.prune` (multiplied into their weights).
+    Understood are a state_dict, one kept under ``"state_dict"``, ``"model"``, ``"model_state_dict"``,
+    ``"net"``, ``"model_ema"``, ``"state_dict_ema"`` or ``"ema"``, what DataParallel, AveragedModel
+    (``module.``) and `torch.compile` (``_orig_mod.``) put before names, half precision (floating-point
+    values become float32), and masks of `torch.nn.utils.prune` (multiplied into their weights).
 
     Parameters
     ----------
     path : str or Path
+        Of torch, or ``.safetensors`` (which needs the package of that name).
 
     Returns
     -------
@@ -92,11 +100,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     WeightsError
         If the file is missing, damaged, or no checkpoint.
     """
-    content = read_torch_file(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    content = _read_safetensors(path) if str(path).endswith(_SAFETENSORS) else read_torch_file(path)
+    while isinstance(content, Mapping):  # wrappers may lie in wrappers
+        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if wrapper is None:
             break
+        content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(
             f"{path} holds a {type(content).__name__}; a state_dict with tensors by name is needed"
@@ -108,9 +117,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} is no state_dict: entry {wrong!r} is a {type(content[wrong]).__name__}, not a tensor; "
             f"a state_dict may also be kept under one of {known}"
         )
-    state = {str(key): value for key, value in content.items()}
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {str(key).replace("_orig_mod.", ""): value for key, value in content.items()}
+    if all(key.startswith("module.") or key == "n_averaged" for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
     for key, value in state.items():
         if value.is_meta:
             raise WeightsError(f"{path} has {key!r} on the meta device: it was saved without values")
@@ -122,6 +131,37 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise WeightsError(f"{path} has values in {key!r} that are infinite or no numbers")
     return state
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of safetensors onto the CPU."""
+    if not os.path.isfile(path):
+        raise WeightsError(f"{path} is missing; a checkpoint file is needed")
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise WeightsError(f"{path} needs the package safetensors: pip install safetensors") from error
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        raise WeightsError(f"{path} is damaged or no safetensors file ({error})") from error
+
+
+def without_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Return the weights of the network inside a training's own module, under the names that it gives them.
+
+    Parameters
+    ----------
+    state : mapping
+        As `read_weights` returns it, such as Lightning's: ``model.conv1.weight`` beside metrics' own.
+    expected : collection of str
+        Some names of the network. Nothing changes if the state has one of them already.
+    """
+    for prefix in _SUBMODULES:
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if not any(key in state for key in expected) and any(key in inner for key in expected):
+            return inner
+    return dict(state)
 
 
 def _apply_masks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,9 +201,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Load what `read_weights` returned; `path` is for messages. See `load_weights`."""
-    state = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
     masked = model.state_dict()
     own = _apply_masks(masked)
+    state = without_prefix(state, own)
+    state = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
     if not any(_AUXILIARY.match(key) for key in own):
         state = {key: value for key, value in state.items() if not _AUXILIARY.match(key)}
     counts = {key for key in own if key.endswith("num_batches_tracked")}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sysmt.config import parse_count
+from sysmt.config import parse_count, parse_number
 from sysmt.errors import ConfigError, DataError, DivergedError, WeightsError
 from sysmt.files import written_whole
 from sysmt.nn.batchnorm.training_statistics import BatchStatistics, batch_statistics, check_statistics
@@ -156,13 +156,8 @@ def train(
     """
     numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     numbers |= {"label_smoothing": label_smoothing}
-    for name, number in numbers.items():
-        try:
-            numbers[name] = float(number)  # a checkpoint holds Python's numbers, not numpy's
-        except (TypeError, ValueError):
-            raise ConfigError(f"{name}={number!r} must be a number") from None
-        if not math.isfinite(numbers[name]):
-            raise ConfigError(f"{name}={number!r} must be finite")
+    for name, number in numbers.items():  # a checkpoint holds Python's numbers, not numpy's
+        numbers[name] = parse_number(number, name, "a finite number")
     recipe: dict[str, Any] = {
         "epochs": parse_count(epochs, "epochs", minimum=0), "optimizer": optimizer, "schedule": schedule,
         "batch_size": parse_count(batch_size, "batch_size"), "augment": bool(augment),

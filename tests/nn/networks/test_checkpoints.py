@@ -26,7 +26,7 @@ from sysmt.nn.networks.checkpoints import (
     save_weights,
     weights_hash,
 )
-from sysmt.nn.networks.models import build_model
+from sysmt.nn.networks.models import build_model, load_model
 
 
 def network(seed: int = 0, classes: int = 4) -> nn.Sequential:
@@ -195,6 +195,59 @@ def test_sparse_weights_become_dense_and_weights_without_values_are_refused(tmp_
 def test_names_that_are_too_long_are_missing() -> None:
     with pytest.raises(WeightsError, match="a is missing; a checkpoint file is needed"):
         read_weights("a" * 300)
+
+
+WRAPPED = {
+    "ema beside the model": lambda s: {"model_ema": s, "epoch": 3},
+    "wrappers in wrappers": lambda s: {"model": {"state_dict": s}},
+    "compiled": lambda s: {f"_orig_mod.{key}": value for key, value in s.items()},
+    "compiled in DataParallel": lambda s: {f"module._orig_mod.{key}": value for key, value in s.items()},
+    "averaged": lambda s: (
+        {"n_averaged": torch.tensor(7)} | {f"module.{key}": value for key, value in s.items()}
+    ),
+    "Lightning's": lambda s: {
+        "state_dict": {f"model.{key}": value for key, value in s.items()} | {"accuracy.total": torch.ones(1)},
+        "pytorch-lightning_version": "2.0",
+    },
+    "Lightning's, compiled": lambda s: {"state_dict": {f"net._orig_mod.{key}": v for key, v in s.items()}},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrappers_of_trainings_come_off(kind: str, tmp_path: Path) -> None:
+    source = build_model("digits", 7)
+    torch.save(WRAPPED[kind](source.state_dict()), tmp_path / "w.pt")
+    model = load_model("digits", tmp_path / "w.pt")
+    assert weights_hash(model) == weights_hash(source)
+    target = build_model("digits", 7)
+    load_weights(target, tmp_path / "w.pt")
+    assert weights_hash(target) == weights_hash(source)
+    assert weights_hash(target, "buffers") == weights_hash(source, "buffers")
+
+
+def test_a_network_whose_own_names_start_with_model_keeps_them(tmp_path: Path) -> None:
+    source = nn.ModuleDict({"model": nn.Linear(2, 3)})
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    target = nn.ModuleDict({"model": nn.Linear(2, 3)})
+    load_weights(target, tmp_path / "w.pt")
+    assert weights_hash(target) == weights_hash(source)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    torch_files = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "w.safetensors"
+    torch_files.save_file(network().state_dict(), path)
+    target = network(seed=1)
+    load_weights(target, path)
+    assert weights_hash(target) == weights_hash(network())
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(WeightsError, match=r"w\.safetensors is damaged or no safetensors file"):
+        read_weights(path)
+
+
+def test_missing_safetensors_are_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"w\.safetensors is missing"):
+        read_weights(tmp_path / "w.safetensors")
 
 
 def test_saving_and_metadata(tmp_path: Path) -> None:
