@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from sysmt.cli.options import takes
+from sysmt.config import RECALIBRATION_MODES
 from sysmt.errors import ConfigError
 from sysmt.nn.array.simulation import Simulation
 from sysmt.nn.networks.checkpoints import load_weights, save_weights
@@ -30,7 +31,6 @@ from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import array_facts, paired_difference
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "retrained", "sparsity", "setting", "recalibrated")
 THREADS = {"FP32": 0, "A8W8": 1, "2T": 2, "4T": 4}

@@ -19,12 +19,12 @@ import typer
 from experiment import Out, Preset, Quick, Workload, markdown, percent
 
 from sysmt.cli.options import takes
+from sysmt.config import RECALIBRATION_MODES
 from sysmt.errors import ConfigError
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "threads", "mode", "recalibration_images", "seed")
 COUNTS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

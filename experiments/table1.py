@@ -18,12 +18,12 @@ import typer
 from experiment import Out, Preset, Quick, Workload, markdown, percent, signed
 
 from sysmt.cli.options import takes
+from sysmt.config import RECALIBRATION_MODES
 from sysmt.nn.array.simulation import Simulation
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.evaluate import array_facts, paired_difference
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots.style import COLOURS, MARKERS, figure
-from sysmt.study.run_config import RECALIBRATION_MODES
 from sysmt.study.thread_maps import measure_errors, throttle
 from sysmt.study.workload import Subject
 

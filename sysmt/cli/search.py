@@ -23,8 +23,9 @@ from sysmt.cli.options import (
     takes,
 )
 from sysmt.cli.sweep import end_if_incomplete, points_to_float, print_points
+from sysmt.config import THREADS_OF, RecalibrationMode, parse_name
 from sysmt.errors import ConfigError
-from sysmt.study.run_config import RECALIBRATION_MODES, RunConfig
+from sysmt.study.run_config import RunConfig
 
 __all__ = ["search"]
 
@@ -84,10 +85,7 @@ def search(
     """
     if target_speedup is not None and max_drop is not None:
         raise ConfigError("pick by --target-speedup or by --max-drop, not by both")
-    if recalibrate not in (*RECALIBRATION_MODES, "none"):
-        raise ConfigError(
-            f"recalibrate={recalibrate!r} is unknown; allowed: none, {', '.join(RECALIBRATION_MODES)}"
-        )
+    mode = parse_name(RecalibrationMode, recalibrate, "recalibrate")
     config = RunConfig.from_record(chosen)
     from sysmt.study.search import SearchConfig, choose, front_table
     from sysmt.study.session import Session
@@ -98,7 +96,7 @@ def search(
         sensitivity_images=sensitivity_images,
         policy=config.policy,
         sparsity=config.prune or 0.0,
-        recalibrate=recalibrate,
+        recalibrate=mode,
         seed=config.seed,
     )
     session = Session(
@@ -124,7 +122,7 @@ def search(
 def say_choice(row: dict[str, Any], points: Any, path: Path) -> None:
     """Say what the picked network costs, and what the uniform ones would."""
     print(f"picked: {_described(row)}; its threads are in {path}")
-    columns = [name for name in points.columns if name.startswith("threads of ")]
+    columns = [name for name in points.columns if name.startswith(THREADS_OF)]
     for _, other in points[points[columns].nunique(axis=1) == 1].sort_values("speedup").iterrows():
         print(f"uniform {int(other[columns[0]])}T: {_described(other)}")
 

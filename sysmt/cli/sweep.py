@@ -27,7 +27,7 @@ from sysmt.cli.options import (
     study_option,
     takes,
 )
-from sysmt.config import parse_count
+from sysmt.config import THREADS_OF, parse_count
 from sysmt.errors import EXIT_INCOMPLETE, ConfigError
 from sysmt.study.run_config import RunConfig
 
@@ -236,7 +236,7 @@ def print_points(table: Any, left_out: Any = (), most: int = 40) -> None:
 
 def _setting(row: Any) -> list[str]:
     """Write what a point is: its threads, policy, sparsity and recalibration."""
-    threads = [int(value) for key, value in row.items() if key.startswith("threads of ")]
+    threads = [int(value) for key, value in row.items() if key.startswith(THREADS_OF)]
     layers = "/".join(f"{threads.count(count)}x{count}T" for count in (1, 2, 4) if count in threads)
     return [layers, row["policy"], f"{100 * row['sparsity']:.0f}", row["recalibrate"]]
 

@@ -28,9 +28,9 @@ from sysmt.study.run_config import RunConfig
 from sysmt.study.run_directory import RunDirectory, provenance
 from sysmt.study.search import BASELINES, SEARCH, SearchConfig, front_table, run_baselines, run_search
 from sysmt.study.storage import storage_url, without_password
-from sysmt.study.store import LAYER, Point, Store
+from sysmt.study.store import Point, Store
 from sysmt.study.sweep import Bench, Sweep, usable_cpus
-from sysmt.study.thread_maps import write_threads_map
+from sysmt.study.thread_maps import threads_of, write_threads_map
 from sysmt.study.worker import Worker
 
 __all__ = ["Session", "join"]
@@ -331,11 +331,6 @@ def join(
     if retry_failed:
         store.retry_given_up()
     return Worker(store, bench.measure, bench.config.seed + os.getpid()).work(on_point)
-
-
-def threads_of(row: Mapping[Any, Any]) -> dict[str, int]:
-    """Return the thread map in a row of a study's table."""
-    return {key.removeprefix(LAYER): int(count) for key, count in row.items() if key.startswith(LAYER)}
 
 
 def _described(measured: Mapping[str, Any]) -> str:

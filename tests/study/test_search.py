@@ -12,19 +12,11 @@ from hypothesis import strategies as st
 from tiny import assert_one_error_line, invoke, workload, write_images
 
 from sysmt.errors import ConfigError
+from sysmt.study.knapsack import harms_of, knapsack, knapsack_maps
 from sysmt.study.pareto import pareto_front
-from sysmt.study.search import (
-    choose,
-    front_table,
-    greedy_maps,
-    harms_of,
-    knapsack,
-    knapsack_maps,
-    map_speedup,
-    random_maps,
-)
+from sysmt.study.search import choose, front_table
 from sysmt.study.store import Store
-from sysmt.study.thread_maps import read_threads_map
+from sysmt.study.thread_maps import greedy_maps, map_speedup, random_maps, read_threads_map
 
 COUNTS = (1, 2, 4)
 

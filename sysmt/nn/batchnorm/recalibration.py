@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from enum import StrEnum
 from numbers import Real
 from typing import Any
 
@@ -22,14 +21,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
-from sysmt.config import parse_count, parse_name
+from sysmt.config import RecalibrationMode, parse_count, parse_recalibration
 from sysmt.errors import CalibrationError, ConfigError, WeightsError, nearest
 from sysmt.nn.passes import image_batches, kept_modes
 from sysmt.progress import progress_bar
 
 __all__ = [
     "LayerShift",
-    "RecalibrationMode",
     "RecalibrationReport",
     "load_statistics",
     "named_batchnorms",
@@ -39,14 +37,6 @@ __all__ = [
 
 
 # Recalibration
-
-
-class RecalibrationMode(StrEnum):
-    """How the statistics of the batches become the running statistics."""
-
-    EMA = "ema"
-    CUMULATIVE = "cumulative"
-    FINAL = "final"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +238,7 @@ def recalibrate_batchnorm(
     ----------
     G. Shomron and U. Weiser, "Post-Training BatchNorm Recalibration", section 2.
     """
-    mode = parse_name(RecalibrationMode, mode, "mode")
+    mode = parse_recalibration(mode, "mode")
     images = parse_count(images, "images")
     if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 < momentum <= 1:
         raise ConfigError(f"momentum={momentum!r} must be a number in (0, 1]: the weight of a new batch")
