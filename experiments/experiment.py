@@ -17,7 +17,7 @@ from sysmt.cli.app import say
 from sysmt.errors import ConfigError, SysmtError
 from sysmt.study.ledger import Ledger
 from sysmt.study.run_config import RunConfig
-from sysmt.study.workload import Subject
+from sysmt.study.workload import OpenWorkload
 
 OPTIONS = (
     *options.NETWORK,
@@ -73,10 +73,10 @@ class Workload:
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", self.key or self.config.model)
 
-    def open(self, ledger: Ledger) -> Subject:
+    def open(self, ledger: Ledger) -> OpenWorkload:
         """Open it, and make sure that the points in `ledger` are its own."""
         self.prepare()
-        subject = Subject(self.config)
+        subject = OpenWorkload(self.config)
         ledger.identify(self.name, subject.identity())
         return subject
 

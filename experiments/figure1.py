@@ -24,7 +24,6 @@ from sysmt.nn.networks.checkpoints import save_weights
 from sysmt.nn.networks.pruning import make_permanent, prune_model
 from sysmt.nn.networks.training import train
 from sysmt.progress import Bar, progress_bar
-from sysmt.study.evaluate import open_workload
 from sysmt.study.knapsack import harms_of, knapsack_maps
 from sysmt.study.plots.study import plot_accuracy_speedup
 from sysmt.study.run_directory import provenance
@@ -33,6 +32,7 @@ from sysmt.study.store import Point, Store
 from sysmt.study.sweep import Bench
 from sysmt.study.thread_maps import greedy_maps, layer_errors, random_maps, uniform
 from sysmt.study.worker import Worker
+from sysmt.study.workload import open_workload
 
 SHARED = ("resnet20", "resnet32")
 RETRAINING_LR = 0.005

@@ -31,7 +31,7 @@ from sysmt.quant.error import sqnr_db
 from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.workload import Subject
+from sysmt.study.workload import OpenWorkload
 
 KEYS = ("network", "bits", "threads", "run")
 FLOAT, PLAIN, RECALIBRATED, ISOLATED, ROUNDED = (
@@ -136,7 +136,7 @@ def measure(network: Workload, widths: Sequence[int], ledger: Ledger, bar: Bar) 
 def _measure_point(
     point: dict[str, Any],
     q: QNetwork,
-    subject: Subject,
+    subject: OpenWorkload,
     network: Workload,
     reference: np.ndarray,
     ledger: Ledger,
