@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from sysmt.cli.options import (
     MACHINE,
     NETWORK,
     StudyName,
+    StudyNew,
     StudyOut,
     StudyOverwrite,
     StudyPlots,
@@ -22,8 +24,8 @@ from sysmt.cli.options import (
     StudyStorage,
     takes,
 )
-from sysmt.cli.sweep import end_if_incomplete, points_to_float, print_points
-from sysmt.config import THREADS_OF, RecalibrationMode, parse_name
+from sysmt.cli.sweep import end_if_incomplete, points_to_float, print_points, say_start
+from sysmt.config import THREAD_COUNTS, THREADS_OF, RecalibrationMode, parse_name
 from sysmt.errors import ConfigError
 from sysmt.study.run_config import RunConfig
 
@@ -73,6 +75,7 @@ def search(
     overwrite: StudyOverwrite = False,
     storage: StudyStorage = None,
     study: StudyName = None,
+    new: StudyNew = False,
     retry_failed: StudyRetry = False,
     plots: StudyPlots = True,
 ) -> None:
@@ -85,6 +88,11 @@ def search(
     """
     if target_speedup is not None and max_drop is not None:
         raise ConfigError("pick by --target-speedup or by --max-drop, not by both")
+    most = float(max(THREAD_COUNTS))
+    if target_speedup is not None and not 1 <= target_speedup <= most:
+        raise ConfigError(f"target_speedup={target_speedup} cannot be reached; it must be in [1, {most:g}]")
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise ConfigError(f"max_drop={max_drop} is out of range; it must be in [0, 100] percentage points")
     mode = parse_name(RecalibrationMode, recalibrate, "recalibrate")
     config = RunConfig.from_record(chosen)
     from sysmt.study.search import SearchConfig, choose, front_table
@@ -100,11 +108,18 @@ def search(
         seed=config.seed,
     )
     session = Session(
-        "search", config, out=out, storage=storage, study=study, overwrite=overwrite, held_out=held_out
+        "search",
+        config,
+        out=out,
+        storage=storage,
+        study=study,
+        overwrite=overwrite,
+        held_out=held_out,
+        asked=dataclasses.asdict(plan) | {"baselines": baselines},
+        new=new,
     )
     with session:
-        for note in session.bench.notes:
-            say(note, "dim")
+        say_start(session)
         try:
             points = session.search(plan, baselines, retry_failed)
         finally:

@@ -25,13 +25,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sysmt.config import THREADS_OF, Policy, RecalibrationMode
 from sysmt.errors import ConfigError
+from sysmt.study.run_directory import without_password
 from sysmt.study.storage import (
     one_at_a_time,
     open_storage,
     quiet,
     storage_errors,
     storage_url,
-    without_password,
 )
 from sysmt.study.thread_maps import columns_of, threads_of
 

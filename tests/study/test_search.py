@@ -208,6 +208,11 @@ def test_wrong_options_end_in_one_line(in_tmp):
     assert_one_error_line(invoke(*line, "--evaluations", "0"), "evaluations=0")
     assert_one_error_line(invoke(*line, "--held-out", "1"), "held_out=1.0")
     assert_one_error_line(invoke(*line, "--sensitivity-images", "-1"), "sensitivity_images=-1")
+    for option, value in itertools.product(("--target-speedup", "--max-drop"), ("nan", "-1", "inf", "101")):
+        assert_one_error_line(invoke(*line, option, value), f"{option[2:].replace('-', '_')}=")
+    assert_one_error_line(invoke(*line, "--target-speedup", "99"), "target_speedup=99.0", "[1, 4]")
+    assert_one_error_line(invoke(*line, "--storage", "sqlite://", "--out", "out"), "in memory")
+    assert not Path("out").exists()
     assert not Path("results").exists()
 
 

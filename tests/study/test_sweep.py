@@ -405,6 +405,26 @@ def test_a_wrong_beginning_leaves_nothing(in_tmp):
     assert not Path("out").exists()
 
 
+def test_the_same_command_without_a_directory_goes_on_where_it_was_stopped(in_tmp):
+    line = ("sweep", *workload(in_tmp), "--threads", "1,4", "--no-plots")
+    assert invoke(*line).exit_code == 0
+    config = Path("results/sweep-digits-1/config.toml")
+    assert 'status = "complete"' in config.read_text()
+    assert invoke(*line).exit_code == 0  # the first is complete: another one
+    assert sorted(os.listdir("results")) == ["sweep-digits-1", "sweep-digits-2"]
+    config.write_text(config.read_text().replace('"complete"', '"running"'))  # as kill -9 leaves it
+    for other in (("--seed", "1"), ("--policies", "S+W"), ("--new",)):
+        assert "sweep-digits-1" not in invoke(*line, *other).stderr
+    assert len(os.listdir("results")) == 5
+    with RunDirectory("results/sweep-digits-1", overwrite=True):  # somebody is at it
+        assert "sweep-digits-6" in invoke(*line).stderr
+    result = invoke(*line)
+    assert result.exit_code == 0, result.output
+    assert "going on with 2 finished points in results/sweep-digits-1" in result.stderr
+    assert len(os.listdir("results")) == 6
+    assert 'status = "complete"' in config.read_text()
+
+
 def give_up(store):
     """Let the next point in the queue end three workers, as when it needs too much memory."""
     for _ in range(3):
