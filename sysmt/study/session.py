@@ -107,8 +107,8 @@ class Session:
         new: bool = False,
     ) -> None:
         self.kind, self.config = kind, config
-        where = {"storage": without_password(storage or ""), "study": study or "", "held_out": held_out}
-        self._asked = _plain({**(asked or {}), **where})
+        place = {"storage": without_password(storage or ""), "study": study or "", "held_out": held_out}
+        self._asked = _plain({**(asked or {}), **place})
         if out is None and not new and not overwrite:
             out = self._stopped()
         self.helps = False
@@ -148,7 +148,7 @@ class Session:
         self._write_config(where, name)
 
     def _stopped(self) -> Path | None:
-        """Return the directory of a study that was stopped before its end, and of which the same was asked."""
+        """Return the directory of a study that was stopped early, and of which the same was asked."""
         run = _plain(self.config.to_record())
         for path in sorted(DEFAULT_PARENT.glob(f"{self.kind}-*/config.toml"), key=os.path.getmtime):
             try:
@@ -184,13 +184,13 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             status = "incomplete" if len(self.store.left_out()) else "complete"
+        elif isinstance(error, KeyboardInterrupt):
+            status = "interrupted"
         else:
-            status = (
-                "interrupted" if kind is KeyboardInterrupt else f"failed: {error or type(error).__name__}"
-            )
+            status = f"failed: {error or type(error).__name__}"
         if not self.helps:
             self._write_config(*self._where, status)
         self.directory.close()
