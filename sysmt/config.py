@@ -11,12 +11,26 @@ from typing import Any, Literal, TypeVar
 
 from sysmt.errors import ConfigError, nearest
 
-__all__ = ["LARGEST_SIDE", "THREAD_COUNTS", "ArrayConfig", "Drain", "Engine", "Policy", "Rounding"]
+__all__ = [
+    "LARGEST_SIDE",
+    "RECALIBRATION_MODES",
+    "THREADS_OF",
+    "THREAD_COUNTS",
+    "ArrayConfig",
+    "Drain",
+    "Engine",
+    "Policy",
+    "RecalibrationMode",
+    "Rounding",
+]
 
 THREAD_COUNTS = (1, 2, 4)
 
 LARGEST_SIDE = 65_536
 """Most rows, and most columns, of an array."""
+
+THREADS_OF = "threads of "
+"""Before a layer's name: the column with its threads, in tables of points."""
 
 
 class Policy(StrEnum):
@@ -81,6 +95,18 @@ class Engine(StrEnum):
     REFERENCE = "reference"
 
 
+class RecalibrationMode(StrEnum):
+    """How the statistics of the batches become BatchNorm's running statistics; ``none`` leaves them alone."""
+
+    NONE = "none"
+    EMA = "ema"
+    CUMULATIVE = "cumulative"
+    FINAL = "final"
+
+
+RECALIBRATION_MODES = tuple(mode for mode in RecalibrationMode if mode is not RecalibrationMode.NONE)
+"""Those that recalibrate."""
+
 _Name = TypeVar("_Name", bound=StrEnum)
 
 
@@ -92,6 +118,14 @@ def parse_name(kind: type[_Name], value: object, field: str) -> _Name:
         allowed = [member.value for member in kind]
         hint = nearest(str(value), allowed)
         raise ConfigError(f"{field}={value!r} is unknown{hint}; allowed: {', '.join(allowed)}") from None
+
+
+def parse_recalibration(value: object, field: str) -> RecalibrationMode:
+    """Turn a name into a mode that recalibrates; raise `ConfigError`, for ``none`` as well."""
+    if value in RECALIBRATION_MODES:
+        return RecalibrationMode(str(value))
+    hint = nearest(str(value), [mode.value for mode in RECALIBRATION_MODES])
+    raise ConfigError(f"{field}={value!r} is unknown{hint}; allowed: {', '.join(RECALIBRATION_MODES)}")
 
 
 def parse_count(value: object, field: str, minimum: int = 1, maximum: int | None = None) -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "MACHINE",
     "NETWORK",
     "StudyName",
+    "StudyNew",
     "StudyOut",
     "StudyOverwrite",
     "StudyPlots",
@@ -198,6 +199,13 @@ StudyStorage = Annotated[
 ]
 StudyName = Annotated[
     str | None, study_option("Name of the study in its storage.", show_default="COMMAND MODEL")
+]
+StudyNew = Annotated[
+    bool,
+    study_option(
+        "Without --out, begin another study although one of the same configuration was stopped.",
+        show_default=False,
+    ),
 ]
 StudyRetry = Annotated[
     bool, study_option("Take up again the points that ended three workers each.", show_default=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from sysmt.cli.options import (
     MACHINE,
     NETWORK,
     StudyName,
+    StudyNew,
     StudyOut,
     StudyOverwrite,
     StudyPlots,
@@ -27,7 +29,7 @@ from sysmt.cli.options import (
     study_option,
     takes,
 )
-from sysmt.config import parse_count
+from sysmt.config import THREADS_OF, parse_count
 from sysmt.errors import EXIT_INCOMPLETE, ConfigError
 from sysmt.study.run_config import RunConfig
 
@@ -101,6 +103,7 @@ def sweep(
             "Write the points also to this CSV.", metavar="FILE", show_default="points.csv in --out"
         ),
     ] = None,
+    new: StudyNew = False,
     retry_failed: StudyRetry = False,
     helper: Annotated[
         bool,
@@ -134,9 +137,18 @@ def sweep(
         recalibrate=_words(recalibrate) if recalibrate else (),
     )
     workers = parse_count(workers, "workers")
-    session = Session("sweep", config, out=out, storage=storage, study=study, overwrite=overwrite)
+    session = Session(
+        "sweep",
+        config,
+        out=out,
+        storage=storage,
+        study=study,
+        overwrite=overwrite,
+        asked=dataclasses.asdict(plan),
+        new=new,
+    )
     with session:
-        _say_start(session)
+        say_start(session)
         try:
             table = session.sweep(plan, workers, retry_failed)
         finally:
@@ -179,14 +191,15 @@ def _join(
     end_if_incomplete(store.left_out())
 
 
-def _say_start(session: Any) -> None:
+def say_start(session: Any) -> None:
+    """Say what was decided, and whether a study is gone on with."""
     for note in session.bench.notes:
         say(note, "dim")
     counts = session.store.counts()
     if session.helps:
         say(f"another process is working on {session.directory.path}; helping it", "dim")
     elif session.goes_on or counts["complete"]:
-        say(f"going on with {counts['complete']} finished points", "dim")
+        say(f"going on with {counts['complete']} finished points in {session.directory.path}", "dim")
 
 
 def end_if_incomplete(left_out: Any) -> None:
@@ -236,7 +249,7 @@ def print_points(table: Any, left_out: Any = (), most: int = 40) -> None:
 
 def _setting(row: Any) -> list[str]:
     """Write what a point is: its threads, policy, sparsity and recalibration."""
-    threads = [int(value) for key, value in row.items() if key.startswith("threads of ")]
+    threads = [int(value) for key, value in row.items() if key.startswith(THREADS_OF)]
     layers = "/".join(f"{threads.count(count)}x{count}T" for count in (1, 2, 4) if count in threads)
     return [layers, row["policy"], f"{100 * row['sparsity']:.0f}", row["recalibrate"]]
 

@@ -7,7 +7,6 @@ that choose their points, or that many workers share, use `sysmt.study.store`.
 from __future__ import annotations
 
 import datetime
-import shlex
 import sys
 import time
 import tomllib
@@ -22,7 +21,7 @@ import tomli_w
 
 from sysmt.errors import OutputError
 from sysmt.files import read_csv, read_toml
-from sysmt.study.run_directory import RunDirectory, provenance
+from sysmt.study.run_directory import RunDirectory, command_line, provenance
 
 __all__ = ["Ledger"]
 
@@ -78,7 +77,7 @@ class Ledger:
         self._directory = RunDirectory(path, resumes=resumes)
         self.path = self._directory.path
         self._record: dict[str, Any] = earlier | asked
-        self._record["made_by"] = provenance() | {"command": shlex.join(["python", *sys.argv])}
+        self._record["made_by"] = provenance() | {"command": command_line("python", sys.argv)}
         spent = earlier.get("outcome", {})
         # Each clock minus what earlier runs took: a difference to now then counts all of them.
         self._start = time.monotonic() - float(spent.get("seconds", 0.0))

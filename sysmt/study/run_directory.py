@@ -9,6 +9,7 @@ import importlib.metadata
 import itertools
 import json
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -28,8 +29,10 @@ __all__ = [
     "DEFAULT_PARENT",
     "RunDirectory",
     "check_writable",
+    "command_line",
     "processor_name",
     "provenance",
+    "without_password",
 ]
 
 DEFAULT_PARENT = Path("results")
@@ -207,9 +210,19 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
         "processor": processor_name(),
-        "command": shlex.join(["sysmt", *sys.argv[1:]]) if _from_command_line() else None,
+        "command": command_line("sysmt", sys.argv[1:]) if _from_command_line() else None,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def command_line(program: str, arguments: Iterable[str]) -> str:
+    """Return a command as one would type it, to keep with its results; without passwords."""
+    return shlex.join([program, *map(without_password, arguments)])
+
+
+def without_password(text: str) -> str:
+    """Return a text to keep or show: the password of a URL in it becomes ``***``."""
+    return re.sub(r"(\w://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
 
 
 def _from_command_line() -> bool:

@@ -12,25 +12,27 @@ import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import tomli_w
 
 import sysmt
-from sysmt.errors import EXIT_INCOMPLETE, ConfigError, InUseError
+from sysmt.errors import EXIT_INCOMPLETE, ConfigError, InUseError, SysmtError
 from sysmt.files import read_toml
 from sysmt.progress import progress_bar
 from sysmt.study.pareto import Reference, hypervolume_curve
 from sysmt.study.run_config import RunConfig
-from sysmt.study.run_directory import RunDirectory, provenance
+from sysmt.study.run_directory import DEFAULT_PARENT, RunDirectory, provenance, without_password
 from sysmt.study.search import BASELINES, SEARCH, SearchConfig, front_table, run_baselines, run_search
-from sysmt.study.storage import storage_url, without_password
-from sysmt.study.store import LAYER, Point, Store
+from sysmt.study.storage import storage_url
+from sysmt.study.store import Point, Store
 from sysmt.study.sweep import Bench, Sweep, usable_cpus
-from sysmt.study.thread_maps import write_threads_map
+from sysmt.study.thread_maps import threads_of, write_threads_map
 from sysmt.study.worker import Worker
 
 __all__ = ["Session", "join"]
@@ -69,6 +71,11 @@ class Session:
         Start anew in a directory that has results.
     held_out : float
         See `Bench`.
+    asked : mapping, optional
+        What else was asked for, as plain values. Without `out`, a study in ./results that was stopped, and of
+        which the same was asked, is gone on with.
+    new : bool
+        Begin another one all the same.
 
     Attributes
     ----------
@@ -96,8 +103,14 @@ class Session:
         study: str | None = None,
         overwrite: bool = False,
         held_out: float = 0.0,
+        asked: Mapping[str, Any] | None = None,
+        new: bool = False,
     ) -> None:
         self.kind, self.config = kind, config
+        place = {"storage": without_password(storage or ""), "study": study or "", "held_out": held_out}
+        self._asked = _plain({**(asked or {}), **place})
+        if out is None and not new and not overwrite:
+            out = self._stopped()
         self.helps = False
         try:
             self.directory = RunDirectory(
@@ -134,15 +147,36 @@ class Session:
             raise
         self._write_config(where, name)
 
-    def _write_config(self, url: str, name: str) -> None:
+    def _stopped(self) -> Path | None:
+        """Return the directory of a study that was stopped early, and of which the same was asked."""
+        run = _plain(self.config.to_record())
+        for path in sorted(DEFAULT_PARENT.glob(f"{self.kind}-*/config.toml"), key=os.path.getmtime):
+            try:
+                record = read_toml(path)
+                with RunDirectory(path.parent, overwrite=True):  # nobody is working there
+                    same = record["run"] == run and record["study"]["asked"] == self._asked
+                    if same and record["outcome"]["status"] not in ("complete", "incomplete"):
+                        return path.parent
+            except (SysmtError, KeyError, TypeError):
+                continue  # no study of this command's
+        return None
+
+    def _write_config(self, url: str, name: str, status: str = "running") -> None:
         if self.helps:
             return
+        self._where = url, name
         self.directory.write_toml(
             "config.toml",
             {
-                "study": {"kind": self.kind, "storage": without_password(url), "name": name},
+                "study": {
+                    "kind": self.kind,
+                    "storage": without_password(url),
+                    "name": name,
+                    "asked": self._asked,
+                },
                 "run": self.config.to_record(),
                 "made_by": provenance(),
+                "outcome": {"status": status},
             },
             comment=_HEAD,
         )
@@ -150,7 +184,15 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            status = "incomplete" if len(self.store.left_out()) else "complete"
+        elif isinstance(error, KeyboardInterrupt):
+            status = "interrupted"
+        else:
+            status = f"failed: {error or type(error).__name__}"
+        if not self.helps:
+            self._write_config(*self._where, status)
         self.directory.close()
 
     # -- sweep ---------------------------------------------------------------------------------
@@ -333,13 +375,13 @@ def join(
     return Worker(store, bench.measure, bench.config.seed + os.getpid()).work(on_point)
 
 
-def threads_of(row: Mapping[Any, Any]) -> dict[str, int]:
-    """Return the thread map in a row of a study's table."""
-    return {key.removeprefix(LAYER): int(count) for key, count in row.items() if key.startswith(LAYER)}
-
-
 def _described(measured: Mapping[str, Any]) -> str:
     return f"{measured['speedup']:.2f}x {100 * measured['top1']:.2f} %"
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record as it comes back from a TOML file."""
+    return tomllib.loads(tomli_w.dumps({key: value for key, value in record.items() if value is not None}))
 
 
 def _where_this_package_is() -> dict[str, str]:

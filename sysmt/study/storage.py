@@ -19,8 +19,9 @@ import optuna
 import sqlalchemy.exc
 
 from sysmt.errors import ConfigError, OutputError, SysmtError
+from sysmt.study.run_directory import without_password
 
-__all__ = ["one_at_a_time", "open_storage", "quiet", "storage_errors", "storage_url", "without_password"]
+__all__ = ["one_at_a_time", "open_storage", "quiet", "storage_errors", "storage_url"]
 
 OPEN_ATTEMPTS = 20
 """So often a storage is opened whose tables several processes are making at once."""
@@ -170,10 +171,3 @@ def storage_errors(url: str) -> Iterator[None]:
         raise OutputError(f"the storage {without_password(url)} cannot be used: {reason}") from error
     except ImportError as error:
         raise OutputError(f"the storage {without_password(url)} needs a driver: {error}") from error
-
-
-def without_password(url: str) -> str:
-    """Return a URL to show: a password in it becomes ``***``."""
-    with contextlib.suppress(sqlalchemy.exc.ArgumentError):
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    return url

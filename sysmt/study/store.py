@@ -23,21 +23,19 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from sysmt.config import Policy
+from sysmt.config import THREADS_OF, Policy, RecalibrationMode
 from sysmt.errors import ConfigError
+from sysmt.study.run_directory import without_password
 from sysmt.study.storage import (
     one_at_a_time,
     open_storage,
     quiet,
     storage_errors,
     storage_url,
-    without_password,
 )
+from sysmt.study.thread_maps import columns_of, threads_of
 
-__all__ = ["NOT_RECALIBRATED", "Point", "Store"]
-
-NOT_RECALIBRATED = "none"
-"""Stands for "BatchNorm as it is" among the recalibration modes."""
+__all__ = ["Point", "Store"]
 
 HEARTBEAT_S = 10
 """Seconds between two signs of life of a worker."""
@@ -53,7 +51,6 @@ HALF_MADE_S = 5.0
 
 METRICS = ("speedup", "top1")
 
-LAYER = "threads of "
 POINT, MEASURED, WORKER, COPY = "point", "measured", "worker", "copy of trial"
 ERROR, INTERRUPTED, SAMPLED, RETRIED = "error", "interrupted", "sampled for", "retried"
 PENDING = (TrialState.WAITING, TrialState.RUNNING)
@@ -72,13 +69,13 @@ class Point:
     sparsity : float
         Share of weights set to zero first, in [0, 1).
     recalibrate : str
-        A recalibration mode, or `NOT_RECALIBRATED`.
+        A `RecalibrationMode`'s name.
     """
 
     threads: Mapping[str, int]
     policy: str = Policy.SA.value
     sparsity: float = 0.0
-    recalibrate: str = NOT_RECALIBRATED
+    recalibrate: str = RecalibrationMode.NONE.value
 
     @property
     def key(self) -> str:
@@ -89,15 +86,12 @@ class Point:
     def to_params(self) -> dict[str, Any]:
         """Return the parameters of an Optuna trial."""
         rest = {"policy": self.policy, "sparsity": self.sparsity, "recalibrate": self.recalibrate}
-        return {f"{LAYER}{name}": count for name, count in self.threads.items()} | rest
+        return columns_of(self.threads) | rest
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Point:
         """Make a point from the parameters of an Optuna trial."""
-        threads = {
-            name.removeprefix(LAYER): int(count) for name, count in params.items() if name.startswith(LAYER)
-        }
-        return cls(threads, params["policy"], params["sparsity"], params["recalibrate"])
+        return cls(threads_of(params), params["policy"], params["sparsity"], params["recalibrate"])
 
 
 class Store:
@@ -277,7 +271,7 @@ class Store:
         rows = []
         for key in keys:
             params = dict(sorted(done[key].params.items(), key=lambda pair: self._place(pair[0])))
-            layers = {name: params.pop(name) for name in list(params) if name.startswith(LAYER)}
+            layers = {name: params.pop(name) for name in list(params) if name.startswith(THREADS_OF)}
             about = {"point": key, "trial": done[key].number, "method": first.get(key, "")}
             rows.append(about | params | done[key].user_attrs[MEASURED] | layers)
         return pd.DataFrame(rows)
@@ -319,12 +313,12 @@ class Store:
                 "sparsity": point.sparsity,
                 "recalibrate": point.recalibrate,
                 "reason": trial.user_attrs.get(ERROR, f"it ended {MAX_FAILURES} workers"),
-                **{f"{LAYER}{name}": point.threads[name] for name in self.layers},
+                **columns_of({name: point.threads[name] for name in self.layers}),
             }
         return pd.DataFrame(rows.values())
 
     def _place(self, parameter: str) -> int:
-        name = parameter.removeprefix(LAYER)
+        name = parameter.removeprefix(THREADS_OF)
         return self.layers.index(name) if name in self.layers else -1
 
     def methods(self, trials: Iterable[FrozenTrial]) -> dict[str, list[str]]:
@@ -423,7 +417,7 @@ class Store:
         method : str
             Name under which sampled points appear.
         """
-        values = {k: v for k, v in fixed.to_params().items() if not k.startswith(LAYER)}
+        values = {k: v for k, v in fixed.to_params().items() if not k.startswith(THREADS_OF)}
         plan = {"evaluations": evaluations, "population": population, "fixed": values, "method": method}
         self.note("plan", plan)
 

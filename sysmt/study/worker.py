@@ -17,16 +17,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import NSGAIISampler, PartialFixedSampler, RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sysmt.config import THREAD_COUNTS, Policy
-from sysmt.study.run_config import RECALIBRATION_MODES
+from sysmt.config import THREAD_COUNTS, THREADS_OF, Policy, RecalibrationMode
 from sysmt.study.storage import one_at_a_time, quiet
 from sysmt.study.store import (
     COPY,
     ERROR,
     INTERRUPTED,
-    LAYER,
     MEASURED,
-    NOT_RECALIBRATED,
     PENDING,
     POINT,
     SAMPLED,
@@ -282,9 +279,9 @@ class Worker:
 
     def _choices(self) -> dict[str, Sequence[Any]]:
         """What each categorical parameter can be, the same in all trials as Optuna wants it."""
-        return {f"{LAYER}{name}": THREAD_COUNTS for name in self.store.layers} | {
+        return {f"{THREADS_OF}{name}": THREAD_COUNTS for name in self.store.layers} | {
             "policy": [policy.value for policy in Policy],
-            "recalibrate": (NOT_RECALIBRATED, *RECALIBRATION_MODES),
+            "recalibrate": [mode.value for mode in RecalibrationMode],
         }
 
     def _distributions(self) -> dict[str, BaseDistribution]:

@@ -1,6 +1,7 @@
 """A run's directory: its own, writable before it starts, and no half-written file in it."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from sysmt.errors import ConfigError, InUseError, OutputError
 from sysmt.files import read_csv, read_toml
-from sysmt.study.run_directory import RunDirectory, check_writable
+from sysmt.study.run_directory import RunDirectory, check_writable, provenance, without_password
 
 
 def test_default_directories_are_numbered(tmp_path, monkeypatch):
@@ -126,6 +127,18 @@ def test_tables_come_back_bit_for_bit(tmp_path_factory, values):
     found = read_csv(path, ("x",))
     assert np.array_equal(found["x"].to_numpy(float), values, equal_nan=True)
     assert (found["text"] == "a,b").all()
+
+
+def test_passwords_are_not_kept(monkeypatch):
+    for url, shown in {
+        "postgresql://rel:sEcret99@127.0.0.1:54399/studies": "postgresql://rel:***@127.0.0.1:54399/studies",
+        "--storage=postgresql+psycopg://u:s@E:cret@host/x?a=b": "--storage=postgresql+psycopg://u:***@host/x?a=b",
+        "postgresql://me@host/db": "postgresql://me@host/db",
+        "sqlite:////tmp/a:b@c.db": "sqlite:////tmp/a:b@c.db",
+    }.items():
+        assert without_password(url) == shown
+        monkeypatch.setattr("sys.argv", ["/bin/sysmt", "sweep", url])
+        assert shlex.split(provenance()["command"]) == ["sysmt", "sweep", shown]
 
 
 def test_toml_comes_back(tmp_path):

@@ -22,7 +22,8 @@ from sysmt.study.run_config import RunConfig
 from sysmt.study.run_directory import RunDirectory
 from sysmt.study.storage import quiet
 from sysmt.study.store import Point, Store
-from sysmt.study.sweep import Bench, Sweep, one_at_a_time, prefixes, read_points, suffixes, uniform
+from sysmt.study.sweep import Bench, Sweep
+from sysmt.study.thread_maps import one_at_a_time, prefixes, read_threads_maps, suffixes, uniform
 from sysmt.study.worker import Worker
 
 LAYERS = ["a", "b", "c"]
@@ -73,16 +74,19 @@ def test_wrong_sweeps_are_refused(change, words):
 
 def test_maps_from_files(tmp_path):
     (tmp_path / "maps.csv").write_text("a,b,c\n1,2,4\n4,4,4\n")
-    assert read_points(tmp_path / "maps.csv", LAYERS) == [{"a": 1, "b": 2, "c": 4}, dict.fromkeys(LAYERS, 4)]
+    assert read_threads_maps(tmp_path / "maps.csv", LAYERS) == [
+        {"a": 1, "b": 2, "c": 4},
+        dict.fromkeys(LAYERS, 4),
+    ]
     (tmp_path / "maps.toml").write_text('[[points]]\na = 1\ndefault = 4\n[[points]]\n"b" = 2\ndefault = 1\n')
-    assert read_points(tmp_path / "maps.toml", LAYERS) == [
+    assert read_threads_maps(tmp_path / "maps.toml", LAYERS) == [
         {"a": 1, "b": 4, "c": 4},
         {"a": 1, "b": 2, "c": 1},
     ]
     (tmp_path / "export.csv").write_text("point,top1,threads of a,threads of b,threads of c\nx,0.5,1,1,2\n")
-    assert read_points(tmp_path / "export.csv", LAYERS) == [{"a": 1, "b": 1, "c": 2}]
+    assert read_threads_maps(tmp_path / "export.csv", LAYERS) == [{"a": 1, "b": 1, "c": 2}]
     (tmp_path / "sheet.csv").write_text("a,b,c\r\n1.0, 2,4\r\n,,\r\n")
-    assert read_points(tmp_path / "sheet.csv", LAYERS) == [{"a": 1, "b": 2, "c": 4}]
+    assert read_threads_maps(tmp_path / "sheet.csv", LAYERS) == [{"a": 1, "b": 2, "c": 4}]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_wrong_files_are_refused(tmp_path, name, text, words):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=words):
-        read_points(tmp_path / name, LAYERS)
+        read_threads_maps(tmp_path / name, LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -399,6 +403,26 @@ def test_a_sweep_that_was_killed_while_it_was_made_goes_on(in_tmp, left):
 def test_a_wrong_beginning_leaves_nothing(in_tmp):
     assert_one_error_line(invoke("sweep", *workload("missing.npz"), "--out", "out"), "missing.npz")
     assert not Path("out").exists()
+
+
+def test_the_same_command_without_a_directory_goes_on_where_it_was_stopped(in_tmp):
+    line = ("sweep", *workload(in_tmp), "--threads", "1,4", "--no-plots")
+    assert invoke(*line).exit_code == 0
+    config = Path("results/sweep-digits-1/config.toml")
+    assert 'status = "complete"' in config.read_text()
+    assert invoke(*line).exit_code == 0  # the first is complete: another one
+    assert sorted(os.listdir("results")) == ["sweep-digits-1", "sweep-digits-2"]
+    config.write_text(config.read_text().replace('"complete"', '"running"'))  # as kill -9 leaves it
+    for other in (("--seed", "1"), ("--policies", "S+W"), ("--new",)):
+        assert "sweep-digits-1" not in invoke(*line, *other).stderr
+    assert len(os.listdir("results")) == 5
+    with RunDirectory("results/sweep-digits-1", overwrite=True):  # somebody is at it
+        assert "sweep-digits-6" in invoke(*line).stderr
+    result = invoke(*line)
+    assert result.exit_code == 0, result.output
+    assert "going on with 2 finished points in results/sweep-digits-1" in result.stderr
+    assert len(os.listdir("results")) == 6
+    assert 'status = "complete"' in config.read_text()
 
 
 def give_up(store):

@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from enum import StrEnum
 from typing import Any
 
 import pandas as pd
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sysmt.config import parse_count, parse_name, parse_number
+from sysmt.config import RecalibrationMode, parse_count, parse_number, parse_recalibration
 from sysmt.errors import CalibrationError
 from sysmt.nn.batchnorm.gathering_layers import gathering_layers
 from sysmt.nn.batchnorm.statistics import (
@@ -37,7 +36,6 @@ from sysmt.progress import progress_bar
 
 __all__ = [
     "LayerShift",
-    "RecalibrationMode",
     "RecalibrationReport",
     "load_statistics",
     "named_batchnorms",
@@ -47,14 +45,6 @@ __all__ = [
 
 
 # Recalibration
-
-
-class RecalibrationMode(StrEnum):
-    """How the statistics of the batches become the running statistics."""
-
-    EMA = "ema"
-    CUMULATIVE = "cumulative"
-    FINAL = "final"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +248,7 @@ def recalibrate_batchnorm(
     ----------
     G. Shomron and U. Weiser, "Post-Training BatchNorm Recalibration", section 2.
     """
-    mode = parse_name(RecalibrationMode, mode, "mode")
+    mode = parse_recalibration(mode, "mode")
     images = parse_count(images, "images")
     momentum = parse_number(
         momentum, "momentum", "a number in (0, 1], the weight of a new batch,", lambda value: 0 < value <= 1
