@@ -6,13 +6,12 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from sysmt.config import Drain, Policy, Rounding
 from sysmt.errors import ConfigError
-from sysmt.study.run_config import RunConfig
+from sysmt.study.run_config import Choice, RunConfig
 
 __all__ = [
     "ARRAY",
@@ -33,143 +32,32 @@ __all__ = [
     "takes",
 ]
 
-_NETWORK, _ARRAY, _CALIBRATION, _SETTINGS, _MACHINE = (
-    "Network and data",
-    "The array",
-    "Calibration",
-    "Settings to measure",
-    "This machine",
+
+def _option(field: dataclasses.Field[Any], kind: Any) -> Any:
+    """Make an option of a field of `RunConfig`, from what the field says of itself."""
+    choice: Choice = field.metadata["choice"]
+    if choice.as_text:
+        kind = Path | None if field.name == "threads_map" else str | None if field.default is None else str
+    more: dict[str, Any] = {"metavar": choice.metavar} if choice.metavar else {}
+    more |= {"show_default": choice.shown} if choice.shown else {}
+    return Annotated[kind, typer.Option(help=choice.help, rich_help_panel=choice.group, **more)]
+
+
+_HINTS = get_type_hints(RunConfig)
+_OPTIONS = {field.name: _option(field, _HINTS[field.name]) for field in dataclasses.fields(RunConfig)}
+
+NETWORK = (
+    "model",
+    "weights",
+    "data",
+    "train_data",
+    "classes",
+    "preprocessing",
+    "image_size",
+    "skip_bad_images",
 )
-
-
-def _option(kind: Any, panel: str, help: str, **more: Any) -> Any:
-    return Annotated[kind, typer.Option(help=help, rich_help_panel=panel, **more)]
-
-
-_OPTIONS: dict[str, Any] = {
-    "model": _option(
-        str,
-        _NETWORK,
-        "Network: digits32, digits, resnet20 .. resnet110, mobilenet_v1, or torchvision's name.",
-    ),
-    "weights": _option(
-        str | None,
-        _NETWORK,
-        "Checkpoint: a path, torchvision:NAME, or random (where only cycles matter).",
-        show_default="digits32 and digits: trained on the spot and kept",
-    ),
-    "data": _option(
-        str | None,
-        _NETWORK,
-        "Images: digits32, digits, cifar10:DIR, npz:FILE or imagefolder:DIR.",
-        show_default="digits32 and digits, for the models of these names",
-    ),
-    "train_data": _option(
-        str | None,
-        _NETWORK,
-        "Training images, where --data has none; same forms.",
-        show_default="those of --data",
-    ),
-    "preprocessing": _option(
-        str, _NETWORK, "auto (by image size), cifar, small, imagenet, digits or digits32."
-    ),
-    "image_size": _option(
-        int | None,
-        _NETWORK,
-        "Scale images to this side, in pixels.",
-        show_default="as the preprocessing has it",
-    ),
-    "skip_bad_images": _option(
-        bool, _NETWORK, "Leave unreadable images out, with a warning, instead of stopping."
-    ),
-    "prune": _option(
-        float | None,
-        _NETWORK,
-        "Set this share of the weights, in [0, 1), to zero first: the smallest, without training.",
-        show_default="none",
-    ),
-    "threads": _option(str, _SETTINGS, "Threads per PE, each a setting: a list of 1, 2, 4.", metavar="LIST"),
-    "threads_map": _option(
-        Path | None,
-        _SETTINGS,
-        'One more setting, threads by layer: TOML lines such as "layer1.0.conv1" = 2; default for the rest.',
-        metavar="FILE",
-        show_default="none",
-    ),
-    "throttle": _option(
-        int,
-        _SETTINGS,
-        "Measure settings again with this many layers, those of the highest MSE, lowered.",
-        metavar="K",
-    ),
-    "throttle_to": _option(int, _SETTINGS, "Threads that --throttle lowers layers to: 1 or 2."),
-    "recalibrate": _option(
-        str | None,
-        _SETTINGS,
-        "Measure each setting again with BatchNorm recalibrated under its noise: ema (also if no mode is "
-        "given), cumulative or final.",
-        metavar="[MODE]",
-        show_default="off",
-    ),
-    "recalibration_images": _option(int, _SETTINGS, "Training images for that; fewer if there are fewer."),
-    "images": _option(int | None, _SETTINGS, "Test images to evaluate.", show_default="all"),
-    "errors": _option(
-        bool, _SETTINGS, "Report each layer's SQNR (dB) and MSE against T = 1; twice the work."
-    ),
-    "policy": _option(Policy, _ARRAY, "What a collision reduces, and what spares it."),
-    "rows": _option(int, _ARRAY, "PE rows R: output pixels of a tile."),
-    "cols": _option(int, _ARRAY, "PE columns C: output channels of a tile."),
-    "drain": _option(Drain, _ARRAY, "How accumulators leave between tiles; sets the cycles."),
-    "saturate": _option(
-        bool, _ARRAY, "Hold rounded operands in 4 bits (at most 240, +112) instead of 256, +128."
-    ),
-    "rounding": _option(Rounding, _ARRAY, "How the low 4 bits of a reduced operand go."),
-    "first": _option(bool, _ARRAY, "Simulate the first convolution, too."),
-    "linear": _option(bool, _ARRAY, "Simulate fully connected layers, too."),
-    "depthwise": _option(bool, _ARRAY, "Simulate depthwise convolutions, too."),
-    "clock_mhz": _option(
-        float | None,
-        _ARRAY,
-        "Clock, MHz: adds the array's latency per image and images/s.",
-        show_default="none",
-    ),
-    "energy": _option(
-        str | None,
-        _ARRAY,
-        "Energy table: 45nm, sysmt-micro2020, sysmt-rtl, or a TOML file of your own.",
-        metavar="TABLE",
-        show_default="45nm",
-    ),
-    "calibration_images": _option(
-        int, _CALIBRATION, "Training images for activation ranges; fewer if there are fewer."
-    ),
-    "per_tensor": _option(
-        bool, _CALIBRATION, "One weight scale per layer instead of one per output channel."
-    ),
-    "percentile": _option(
-        float | None,
-        _CALIBRATION,
-        "Percentile in (0, 100] of an image's activations to use.",
-        show_default="maximum",
-    ),
-    "reorder": _option(bool, _CALIBRATION, "Pair often-wide positions of K with rarely-wide ones."),
-    "calibration": _option(
-        str | None,
-        _CALIBRATION,
-        "Use this file of `sysmt calibrate` instead of calibrating.",
-        metavar="FILE",
-        show_default="calibrate",
-    ),
-    "batch_size": _option(
-        int, _MACHINE, "Images per batch; of the results only recalibrated ones depend on it."
-    ),
-    "cpu_threads": _option(int | None, _MACHINE, "CPU threads.", show_default="torch's choice"),
-    "seed": _option(int, _MACHINE, "Draws calibration images and augmentation."),
-}
-
-NETWORK = ("model", "weights", "data", "train_data", "preprocessing", "image_size", "skip_bad_images")
 ARRAY = ("policy", "rows", "cols", "drain", "saturate", "rounding")
-LAYERS = ("first", "linear", "depthwise")
+LAYERS = ("first", "linear", "depthwise", "functional")
 CALIBRATION = ("calibration_images", "per_tensor", "percentile", "reorder")
 MACHINE = ("batch_size", "cpu_threads", "seed")
 EVERYTHING = tuple(_OPTIONS)

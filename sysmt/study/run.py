@@ -16,6 +16,7 @@ from sysmt.files import read_toml
 from sysmt.study.evaluate import Job, Measurement, layer_table, summary_table
 from sysmt.study.plots.run import draw_run
 from sysmt.study.run_directory import RunDirectory, provenance
+from sysmt.study.workload import code_hashes
 
 __all__ = ["FILES", "Outcome", "read_config", "run_job", "warn_of_differences"]
 
@@ -73,6 +74,7 @@ def run_job(job: Job, directory: RunDirectory, plots: bool = True) -> Outcome:
         "cpu_threads": torch.get_num_threads(),
         "weights_sha256": job.weights_sha256,
         "data_sha256": job.data.fingerprint(),
+        **code_hashes(job.config),
     }
     start = time.monotonic()
 

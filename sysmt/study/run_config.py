@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from sysmt.config import (
     Rounding,
     parse_count,
     parse_name,
+    parse_number,
     parse_recalibration,
     parse_threads,
 )
 from sysmt.cost.energy import TABLES
 from sysmt.errors import ConfigError, nearest
+from sysmt.nn.own_code import is_own_code
 
-__all__ = ["RANDOM_WEIGHTS", "RunConfig", "Setting"]
+__all__ = ["RANDOM_WEIGHTS", "Choice", "RunConfig", "Setting"]
 
 RANDOM_WEIGHTS = "random"
 """Stands for fresh weights: accuracy is chance then, but cycles and speed are not."""
@@ -53,66 +55,89 @@ class Setting:
     recalibrate: bool = False
 
 
+NETWORK, ARRAY, CALIBRATION, SETTINGS, MACHINE = (
+    "Network and data",
+    "The array",
+    "Calibration",
+    "Settings to measure",
+    "This machine",
+)
+"""Groups of choices, as ``--help`` shows them."""
+
+Check = Callable[[Any, str], Any]
+"""Returns the value of a field as it is kept, from what was given and the field's name; or raises."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What there is to say of one field of `RunConfig`: for its docstring, the command line and its check.
+
+    Attributes
+    ----------
+    group : str
+    help : str
+    check : callable or None
+    metavar, shown : str or None
+        What ``--help`` shows as the value, and as the default.
+    as_text : bool
+        Whether the command line takes text that is parsed later.
+    """
+
+    group: str
+    help: str
+    check: Check | None = None
+    metavar: str | None = None
+    shown: str | None = None
+    as_text: bool = False
+
+
+def choice(default: Any, group: str, help: str, check: Check | None = None, **more: Any) -> Any:
+    """Declare a field with everything that there is to say of it, once."""
+    return dataclasses.field(default=default, metadata={"choice": Choice(group, help, check, **more)})
+
+
+def count(minimum: int = 1) -> Check:
+    """Check for an integer of at least `minimum`."""
+    return lambda value, field: parse_count(value, field, minimum=minimum)
+
+
+def number(what: str, allowed: Callable[[float], bool]) -> Check:
+    """Check for a number; `what` names those that are allowed."""
+    return lambda value, field: parse_number(value, field, what, allowed)
+
+
+def name_of(kind: type[StrEnum]) -> Check:
+    """Check for a member of an enum, or its name."""
+    return lambda value, field: parse_name(kind, value, field)
+
+
+def _thread_counts(given: Any) -> tuple[int, ...]:
+    if isinstance(given, str | int) or not given:
+        raise ConfigError(f"threads={given!r} is no list of thread counts, such as 1,2,4")
+    counts = tuple(parse_threads(threads) for threads in given)
+    if len(set(counts)) < len(counts):
+        raise ConfigError(f"threads={','.join(map(str, counts))} lists a thread count twice")
+    return counts
+
+
+def _described(cls: type[RunConfig]) -> type[RunConfig]:
+    """Put the fields into the docstring, with the words that the command line has for them."""
+    lines = [
+        f"    {field.name} : {field.type}\n        {field.metadata['choice'].help}"
+        for field in dataclasses.fields(cls)
+    ]
+    cls.__doc__ = f"{cls.__doc__}".replace("    FIELDS", "\n".join(lines))
+    return cls
+
+
+@_described
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """What one run measures, and how.
 
     Attributes
     ----------
-    model : str
-        A name that `sysmt.nn.networks.models.build_model` knows.
-    weights : str or None
-        Path, ``"torchvision:NAME"`` or ``"random"``; None for ``"digits32"`` and
-        ``"digits"``, which are trained on the spot.
-    data, train_data : str or None
-        Data specifications (see `sysmt.nn.data.labelled_images.open_data`); the second for training
-        images, where `data` has none. None means ``"digits32"`` or ``"digits"`` for the model of that name.
-    preprocessing : str
-        Preset name, or ``"auto"``.
-    image_size : int or None
-        Side of the input, pixels.
-    skip_bad_images : bool
-        Leave unreadable images out instead of stopping.
-    images : int or None
-        Test images to evaluate; None for all.
-    batch_size : int
-        Images per batch; no result but recalibrated statistics depends on it.
-    calibration_images, recalibration_images : int
-        Training images to use; fewer if there are fewer.
-    threads : tuple of int
-        Uniform settings, each T in 1, 2, 4.
-    threads_map : mapping of str to int, or None
-        One more setting with threads by layer; ``"default"`` is for the layers that it does not name.
-    policy, rows, cols, drain, saturate, rounding
-        The array; see `ArrayConfig`.
-    first, linear, depthwise : bool
-        Simulate the first convolution, Linear layers, depthwise convolutions too.
-    per_tensor : bool
-        One weight scale per layer instead of one per output channel.
-    percentile : float or None
-        Percentile in (0, 100] of each image's activations, instead of the maximum.
-    reorder : bool
-        Pair often-wide positions of K with rarely-wide ones.
-    errors : bool
-        Report each layer's SQNR and MSE against T = 1.
-    calibration : str or None
-        File that `sysmt calibrate` wrote, instead of calibrating.
-    recalibrate : RecalibrationMode or None
-        ``"ema"``, ``"cumulative"`` or ``"final"``: measure each setting once more, recalibrated.
-    throttle : int
-        Measure each setting above `throttle_to` once more, with this many layers lowered to it.
-    throttle_to : int
-        1 or 2.
-    prune : float or None
-        Share of weights in [0, 1) to set to zero first, the smallest of all; no training follows.
-    clock_mhz : float or None
-        Clock of the array, MHz, for latencies.
-    energy : str or None
-        Energy table: a name or a TOML file, as `sysmt.cost.energy.load_table` takes it; None for 45 nm.
-    cpu_threads : int or None
-        CPU threads of this machine; None for torch's own choice.
-    seed : int
-        Draws calibration images, augmentation, and random weights.
+    FIELDS
 
     Raises
     ------
@@ -120,72 +145,169 @@ class RunConfig:
         If a value is outside what is listed above.
     """
 
-    model: str = "digits32"
-    weights: str | None = None
-    data: str | None = None
-    train_data: str | None = None
-    preprocessing: str = "auto"
-    image_size: int | None = None
-    skip_bad_images: bool = False
-    images: int | None = None
-    batch_size: int = 128
-    calibration_images: int = 2048
-    recalibration_images: int = 2048
-    threads: tuple[int, ...] = (1, 2, 4)
-    threads_map: Mapping[str, int] | None = None
-    policy: Policy = Policy.SA
-    rows: int = 16
-    cols: int = 16
-    drain: Drain = Drain.SERIAL
-    saturate: bool = False
-    rounding: Rounding = Rounding.NEAREST_EVEN
-    first: bool = False
-    linear: bool = False
-    depthwise: bool = False
-    per_tensor: bool = False
-    percentile: float | None = None
-    reorder: bool = False
-    errors: bool = False
-    calibration: str | None = None
-    recalibrate: RecalibrationMode | None = None
-    throttle: int = 0
-    throttle_to: int = 1
-    prune: float | None = None
-    clock_mhz: float | None = None
-    energy: str | None = None
-    cpu_threads: int | None = None
-    seed: int = 0
+    model: str = choice(
+        "digits32",
+        NETWORK,
+        "Network: digits32, digits, resnet20 .. resnet110, mobilenet_v1, torchvision's name, timm:NAME, or a "
+        "function of your own, FILE.py:NAME or MODULE:NAME, whose code is run.",
+    )
+    weights: str | None = choice(
+        None,
+        NETWORK,
+        "Checkpoint: a path, torchvision:NAME, or random (where only cycles matter).",
+        shown="digits32 and digits: trained on the spot and kept",
+    )
+    data: str | None = choice(
+        None,
+        NETWORK,
+        "Images: digits32, digits, cifar10:DIR, npz:FILE, imagefolder:DIR, or a function of your own, "
+        "FILE.py:NAME, whose code is run.",
+        shown="digits32 and digits, for the models of these names",
+    )
+    train_data: str | None = choice(
+        None,
+        NETWORK,
+        "Training images, where --data has none; same forms.",
+        shown="those of --data",
+    )
+    classes: str | None = choice(
+        None,
+        NETWORK,
+        "Names of the classes in the order of the network's outputs, one a line, for image folders.",
+        metavar="FILE",
+        shown="classes.txt beside the images, or the training folders",
+    )
+    preprocessing: str = choice(
+        "auto", NETWORK, "auto (by image size), cifar, small, imagenet, digits or digits32."
+    )
+    image_size: int | None = choice(
+        None, NETWORK, "Scale images to this side, in pixels.", count(), shown="as the preprocessing has it"
+    )
+    skip_bad_images: bool = choice(
+        False, NETWORK, "Leave unreadable images out, with a warning, instead of stopping."
+    )
+    prune: float | None = choice(
+        None,
+        NETWORK,
+        "Set this share of the weights, in [0, 1), to zero first: the smallest, without training.",
+        number("a number in [0, 1)", lambda value: 0 <= value < 1),
+        shown="none",
+    )
+    threads: tuple[int, ...] = choice(
+        (1, 2, 4),
+        SETTINGS,
+        "Threads per PE, each a setting: a list of 1, 2, 4.",
+        lambda value, field: _thread_counts(value),
+        metavar="LIST",
+        as_text=True,
+    )
+    threads_map: Mapping[str, int] | None = choice(
+        None,
+        SETTINGS,
+        'One more setting, threads by layer: TOML lines such as "layer1.0.conv1" = 2; default for the rest.',
+        lambda value, field: {
+            name: parse_threads(threads, f"threads of layer {name!r}") for name, threads in value.items()
+        },
+        metavar="FILE",
+        shown="none",
+        as_text=True,
+    )
+    throttle: int = choice(
+        0,
+        SETTINGS,
+        "Measure settings again with this many layers, those of the highest MSE, lowered.",
+        count(0),
+        metavar="K",
+    )
+    throttle_to: int = choice(1, SETTINGS, "Threads that --throttle lowers layers to: 1 or 2.")
+    recalibrate: RecalibrationMode | None = choice(
+        None,
+        SETTINGS,
+        "Measure each setting again with BatchNorm recalibrated under its noise: ema (also if no mode is "
+        "given), cumulative or final.",
+        parse_recalibration,
+        metavar="[MODE]",
+        shown="off",
+        as_text=True,
+    )
+    recalibration_images: int = choice(
+        2048, SETTINGS, "Training images for that; fewer if there are fewer.", count()
+    )
+    images: int | None = choice(None, SETTINGS, "Test images to evaluate.", count(), shown="all")
+    errors: bool = choice(
+        False, SETTINGS, "Report each layer's SQNR (dB) and MSE against T = 1; twice the work."
+    )
+    policy: Policy = choice(
+        Policy.SA, ARRAY, "What a collision reduces, and what spares it.", name_of(Policy)
+    )
+    rows: int = choice(16, ARRAY, "PE rows R: output pixels of a tile.")
+    cols: int = choice(16, ARRAY, "PE columns C: output channels of a tile.")
+    drain: Drain = choice(
+        Drain.SERIAL, ARRAY, "How accumulators leave between tiles; sets the cycles.", name_of(Drain)
+    )
+    saturate: bool = choice(
+        False, ARRAY, "Hold rounded operands in 4 bits (at most 240, +112) instead of 256, +128."
+    )
+    rounding: Rounding = choice(
+        Rounding.NEAREST_EVEN, ARRAY, "How the low 4 bits of a reduced operand go.", name_of(Rounding)
+    )
+    first: bool = choice(False, ARRAY, "Simulate the first convolution, too.")
+    linear: bool = choice(False, ARRAY, "Simulate fully connected layers, too.")
+    depthwise: bool = choice(False, ARRAY, "Simulate depthwise convolutions, too.")
+    functional: bool = choice(
+        False, ARRAY, "Simulate calls of conv2d and linear that belong to no module, too."
+    )
+    clock_mhz: float | None = choice(
+        None,
+        ARRAY,
+        "Clock, MHz: adds the array's latency per image and images/s.",
+        number("a number above 0 MHz", lambda value: value > 0),
+        shown="none",
+    )
+    energy: str | None = choice(
+        None,
+        ARRAY,
+        "Energy table: 45nm, sysmt-micro2020, sysmt-rtl, or a TOML file of your own.",
+        metavar="TABLE",
+        shown="45nm",
+    )
+    calibration_images: int = choice(
+        2048, CALIBRATION, "Training images for activation ranges; fewer if there are fewer.", count()
+    )
+    per_tensor: bool = choice(
+        False, CALIBRATION, "One weight scale per layer instead of one per output channel."
+    )
+    percentile: float | None = choice(
+        None,
+        CALIBRATION,
+        "Percentile in (0, 100] of an image's activations to use.",
+        number("a number in (0, 100]", lambda value: 0 < value <= 100),
+        shown="maximum",
+    )
+    reorder: bool = choice(False, CALIBRATION, "Pair often-wide positions of K with rarely-wide ones.")
+    calibration: str | None = choice(
+        None,
+        CALIBRATION,
+        "Use this file of `sysmt calibrate` instead of calibrating.",
+        metavar="FILE",
+        shown="calibrate",
+    )
+    batch_size: int = choice(
+        128, MACHINE, "Images per batch; of the results only recalibrated ones depend on it.", count()
+    )
+    cpu_threads: int | None = choice(None, MACHINE, "CPU threads.", count(), shown="torch's choice")
+    seed: int = choice(0, MACHINE, "Draws calibration images and augmentation, and random weights.", count(0))
 
     def __post_init__(self) -> None:
-        def put(field: str, value: object) -> None:
-            object.__setattr__(self, field, value)
-
-        for name in ("batch_size", "calibration_images", "recalibration_images"):
-            put(name, parse_count(getattr(self, name), name))
-        for name in ("images", "image_size", "cpu_threads"):
-            if getattr(self, name) is not None:
-                put(name, parse_count(getattr(self, name), name))
-        for name in ("seed", "throttle"):
-            put(name, parse_count(getattr(self, name), name, minimum=0))
-        put("threads", self._parse_threads())
-        if self.threads_map is not None:
-            counts = {
-                name: parse_threads(count, f"threads of layer {name!r}")
-                for name, count in self.threads_map.items()
-            }
-            put("threads_map", counts)
-        array = self.array()
-        put("policy", array.policy)
-        put("drain", array.drain)
-        put("rounding", array.rounding)
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value, check = getattr(self, field.name), field.metadata["choice"].check
             if field.type == "bool" and not isinstance(value, bool):
                 raise ConfigError(f"{field.name}={value!r} must be true or false")
             if field.type in ("str", "str | None") and not isinstance(value, str | None):
                 raise ConfigError(f"{field.name}={value!r} must be a text")
-        if self.recalibrate is not None:
-            put("recalibrate", parse_recalibration(self.recalibrate, "recalibrate"))
+            if check is not None and (value is not None or field.default is not None):
+                object.__setattr__(self, field.name, check(value, field.name))
+        self.array()  # raises where rows or columns are impossible
         if self.throttle_to not in (1, 2):
             raise ConfigError(
                 f"throttle_to={self.throttle_to!r} is not possible; layers are lowered to 1 or 2"
@@ -195,31 +317,10 @@ class RunConfig:
                 f"throttle={self.throttle} lowers layers to {self.throttle_to}T, but threads lists "
                 f"nothing above that ({', '.join(map(str, self.threads))})"
             )
-        self._check_number("percentile", lambda value: 0 < value <= 100, "in (0, 100]")
-        self._check_number("prune", lambda value: 0 <= value < 1, "in [0, 1)")
-        self._check_number("clock_mhz", lambda value: value > 0, "above 0 MHz")
         if self.calibration is not None and (self.percentile is not None or self.reorder):
             raise ConfigError(
                 "percentile and reorder are choices of calibration; a calibration file has made them already"
             )
-
-    def _parse_threads(self) -> tuple[int, ...]:
-        given = self.threads
-        if isinstance(given, str | int) or not given:
-            raise ConfigError(f"threads={given!r} is no list of thread counts, such as 1,2,4")
-        counts = tuple(parse_threads(count) for count in given)
-        if len(set(counts)) < len(counts):
-            raise ConfigError(f"threads={','.join(map(str, counts))} lists a thread count twice")
-        return counts
-
-    def _check_number(self, field: str, allowed: Any, words: str) -> None:
-        value = getattr(self, field)
-        if value is None:
-            return
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or not allowed(value):
-            raise ConfigError(f"{field}={value!r} is out of range; it must be a number {words}")
-        object.__setattr__(self, field, float(value))
 
     def array(self) -> ArrayConfig:
         """Return the array, with the first of the thread counts."""
@@ -227,10 +328,10 @@ class RunConfig:
             rows=self.rows,
             cols=self.cols,
             threads=self.threads[0],
-            policy=parse_name(Policy, self.policy, "policy"),
-            drain=parse_name(Drain, self.drain, "drain"),
+            policy=self.policy,
+            drain=self.drain,
             saturate=self.saturate,
-            rounding=parse_name(Rounding, self.rounding, "rounding"),
+            rounding=self.rounding,
         )
 
     def settings(self) -> list[Setting]:
@@ -259,14 +360,18 @@ class RunConfig:
         record |= {"policy": self.policy.value, "drain": self.drain.value, "rounding": self.rounding.value}
         record["recalibrate"] = self.recalibrate.value if self.recalibrate else None
         record["threads"] = list(self.threads)
-        for field in ("weights", "calibration"):
+        for field in ("weights", "calibration", "classes"):
             if record[field] is not None and record[field] != RANDOM_WEIGHTS and ":" not in record[field]:
                 record[field] = _absolute(record[field])
         if self.energy is not None and self.energy not in TABLES:
             record["energy"] = _absolute(self.energy)
-        for field in ("data", "train_data"):
-            kind, _, path = (record[field] or "").partition(":")
-            if path:
+        for field in ("model", "data", "train_data"):
+            given = record[field] or ""
+            kind, _, path = given.partition(":")
+            if is_own_code(given):
+                where, _, function = given.rpartition(":")
+                record[field] = f"{_absolute(where)}:{function}" if where.endswith(".py") else given
+            elif path and field != "model":
                 record[field] = f"{kind}:{_absolute(path)}"
         return {key: value for key, value in record.items() if value is not None}
 

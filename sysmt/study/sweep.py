@@ -22,6 +22,7 @@ from sysmt.study.evaluate import Job, Measurement, paired_difference
 from sysmt.study.run_config import RunConfig, Setting
 from sysmt.study.store import Point
 from sysmt.study.thread_maps import FAMILIES, read_rows, read_threads_maps
+from sysmt.study.workload import code_hashes
 
 __all__ = ["Bench", "Sweep"]
 
@@ -113,6 +114,7 @@ class Bench:
         return record | {
             "weights_sha256": self._job.weights_sha256,
             "data_sha256": self._job.data.fingerprint(),
+            **code_hashes(self.config),
             **({"held_out": self.held_out} if self.held_out else {}),
         }
 

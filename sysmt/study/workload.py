@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -22,10 +23,11 @@ from sysmt.nn.networks.checkpoints import weights_hash
 from sysmt.nn.networks.digits import DIGITS, trained_digits
 from sysmt.nn.networks.models import build_model, load_model
 from sysmt.nn.networks.training import Evaluation, evaluate
+from sysmt.nn.own_code import is_own_code, own_file
 from sysmt.progress import Counted, progress_bar
 from sysmt.study.run_config import RANDOM_WEIGHTS, RunConfig
 
-__all__ = ["OpenWorkload", "open_workload"]
+__all__ = ["OpenWorkload", "code_hashes", "open_workload"]
 
 
 def open_workload(config: RunConfig) -> tuple[nn.Module, ImageData]:
@@ -57,6 +59,7 @@ def open_workload(config: RunConfig) -> tuple[nn.Module, ImageData]:
         preprocessing=config.preprocessing,
         image_size=config.image_size,
         skip_bad_images=config.skip_bad_images,
+        classes=config.classes,
         seed=config.seed,
     )
     if config.weights is None:
@@ -64,6 +67,16 @@ def open_workload(config: RunConfig) -> tuple[nn.Module, ImageData]:
     if config.weights == RANDOM_WEIGHTS:
         return build_model(config.model, data.num_classes, data.preprocessing.channels), data
     return load_model(config.model, config.weights), data
+
+
+def code_hashes(config: RunConfig) -> dict[str, str]:
+    """Return hashes of the user's own files that build the network or the images."""
+    hashes = {}
+    for what, spec in (("model", config.model), ("data", config.data), ("train_data", config.train_data)):
+        file = own_file(spec) if spec is not None and is_own_code(spec) else None
+        if file is not None:
+            hashes[f"{what}_code_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashes
 
 
 class OpenWorkload:
@@ -92,7 +105,11 @@ class OpenWorkload:
 
     def identity(self) -> dict[str, str]:
         """Return hashes of the weights and the images."""
-        return {"weights_sha256": weights_hash(self.model), "data_sha256": self.data.fingerprint()}
+        return {
+            "weights_sha256": weights_hash(self.model),
+            "data_sha256": self.data.fingerprint(),
+            **code_hashes(self.config),
+        }
 
     def evaluate(self, what: str) -> Evaluation:
         """Evaluate the test images with the network as it is; `what` is for the progress bar."""
@@ -108,6 +125,7 @@ class OpenWorkload:
             first=config.first,
             linear=config.linear,
             depthwise=config.depthwise,
+            functional=config.functional,
             errors=errors,
             per_channel=not config.per_tensor,
         )

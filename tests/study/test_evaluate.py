@@ -1,5 +1,6 @@
 """The main job in Python: paired differences, throttling, threads maps, run configurations."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import CLASSES, write_images
 
 import sysmt
+from sysmt.cli import options as cli_options
 from sysmt.errors import CalibrationError, ConfigError
 from sysmt.nn.networks.models import build_model
 from sysmt.study.evaluate import Job, array_facts, layer_table, paired_difference, summary_table
@@ -182,3 +184,13 @@ def test_records_work_from_anywhere(tmp_path, monkeypatch):
 def test_impossible_configurations(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         RunConfig(**values)
+
+
+def test_every_choice_is_described_once_for_docstring_and_command_line():
+    options = cli_options._OPTIONS
+    for field in dataclasses.fields(RunConfig):
+        described = field.metadata["choice"]
+        assert f"    {field.name} : " in RunConfig.__doc__
+        assert described.help in RunConfig.__doc__
+        assert options[field.name].__metadata__[0].help == described.help
+    assert set(options) == {field.name for field in dataclasses.fields(RunConfig)}

@@ -244,3 +244,20 @@ def test_macs_of_every_torchvision_network(name):
     side = {"inception_v3": 139, "vit_h_14": 224}.get(name, side)
     macs, report = counted_macs(net, images(1, side=side), linear=True)
     assert report["macs"].sum() == macs
+
+
+TIMM = {
+    "tf_efficientnet_lite0": 96, "nf_regnet_b0": 96, "mixnet_s": 96, "seresnet50": 96, "eca_nfnet_l0": 96,
+    "vit_tiny_patch16_224": 224, "swin_tiny_patch4_window7_224": 224, "mobilevit_xxs": 96, "levit_128s": 224,
+    "lambda_resnet26t": 96,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_macs_of_timms_networks_are_counted_without_a_word_of_exclude(name):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=10).eval()
+    macs, report = counted_macs(net, images(1, side=TIMM[name]), linear=True)
+    assert report["macs"].sum() == macs
+    assert (report["threads"] > 0).sum() > 10
