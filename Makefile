@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*) $(wildcard sysmt/hw/*.pyx)
 C_FILES := $(wildcard csrc/*.c) $(wildcard csrc/*.h)
 
-.PHONY: help demo test install lint format sanitize bench rtl clean constraints
+.PHONY: help demo test install lint format sanitize bench rtl docs clean constraints
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,10 +50,14 @@ bench: $(INSTALLED)  ## speed against the targets; tables, CSV and plots in ./re
 rtl: $(INSTALLED)  ## lint, simulate, mutate and synthesise the Verilog; needs verilator, iverilog, yosys
 	$(MAKE) -C rtl PYTHON=$(CURDIR)/$(BIN)/python
 
+docs: $(INSTALLED)  ## the site, warnings are errors: docs/_build/html/index.html
+	rm -rf docs/api
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 constraints: $(INSTALLED)  ## pin what is installed now
 	{ echo '# Every version that make demo, make test and CI install. Refresh: make constraints'; \
 	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:  ## remove what was built, not .venv
-	rm -rf build *.egg-info sysmt/hw/*.so
+	rm -rf build docs/_build docs/api *.egg-info sysmt/hw/*.so

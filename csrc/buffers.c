@@ -1,8 +1,9 @@
 /* Fresh pages from the kernel, zeroed and faulted in one by one, cost a tenth of a network's forward. So a
- * few buffers are kept from run to run: KEPT of at most LARGEST bytes for the whole process. Once the C
+ * few buffers are kept from run to run: KEPT of at most LARGEST_KEPT bytes for the whole process. Once the C
  * library's heap keeps what is freed, they go back to it instead: a layer's scratch is then no faster to come
  * by from here, and while other layers run, the memory is theirs. */
 #include "buffers.h"
+#include "tuning.h"
 
 #include <pthread.h>
 #include <stdbool.h>
@@ -12,7 +13,7 @@
 #include <malloc.h>
 #endif
 
-enum { KEPT = 16, ALIGNMENT = 64, LARGEST = 8 << 20 };
+enum { KEPT = KEPT_BUFFERS, ALIGNMENT = 64 };
 
 /* In front of every buffer. */
 typedef struct {
@@ -22,6 +23,20 @@ typedef struct {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Header *kept[KEPT];
 static bool heap_keeps; /* so nothing is kept here */
+
+static void lock_buffers(void) {
+    pthread_mutex_lock(&lock);
+}
+
+static void unlock_buffers(void) {
+    pthread_mutex_unlock(&lock);
+}
+
+/* A fork waits until no other thread is at the buffers, so that the child, which has no other thread, finds
+ * them whole and unlocked. */
+__attribute__((constructor)) static void survive_forks(void) {
+    pthread_atfork(lock_buffers, unlock_buffers, unlock_buffers);
+}
 
 /* The smallest kept buffer that is large enough, but not wastefully so. */
 static Header *find_kept(size_t bytes) {
@@ -56,7 +71,7 @@ void buffer_give(void *buffer) {
         return;
     Header *header = (Header *)buffer - 1;
     pthread_mutex_lock(&lock);
-    if (!heap_keeps && header->bytes <= LARGEST) {
+    if (!heap_keeps && header->bytes <= LARGEST_KEPT) {
         int at = 0; /* a free place, else the smallest buffer's */
         for (int i = 0; i < KEPT && kept[at]; i++)
             if (!kept[i] || kept[i]->bytes < kept[at]->bytes)
@@ -73,13 +88,12 @@ void buffer_give(void *buffer) {
  * again and again. */
 void buffers_keep_heap(void) {
 #ifdef __GLIBC__
-    enum { TRIM_BYTES = 256 << 20, MAP_BYTES = 32 << 20 }; /* the second: as much as the library allows */
     const char *tunables = getenv("GLIBC_TUNABLES");
     bool is_tuned = getenv("MALLOC_TRIM_THRESHOLD_") || getenv("MALLOC_MMAP_THRESHOLD_") ||
                     (tunables && strstr(tunables, "glibc.malloc"));
     if (!is_tuned) {
-        mallopt(M_TRIM_THRESHOLD, TRIM_BYTES);
-        mallopt(M_MMAP_THRESHOLD, MAP_BYTES);
+        mallopt(M_TRIM_THRESHOLD, HEAP_TRIM_BYTES);
+        mallopt(M_MMAP_THRESHOLD, HEAP_MAP_BYTES);
     }
     pthread_mutex_lock(&lock);
     heap_keeps = true; /* where it is tuned, too: then the user has said what is to be kept */

@@ -41,7 +41,7 @@ static PhaseRegions find_regions(const Layer *layer, const Geometry *geometry, i
         return of;
     const Phase *at = &geometry->phases[phase];
     int64_t height = geometry->source.height;
-    of.rows = at->y < height ? (height - at->y + geometry->stride_h - 1) / geometry->stride_h : 0;
+    of.rows = at->y < height ? (height - at->y + geometry->conv_stride_h - 1) / geometry->conv_stride_h : 0;
     of.row_edges = find_edges(of.rows, geometry->dy_min, geometry->dy_max, geometry->out_height);
     of.column_edges = find_edges(at->width, geometry->dx_min, geometry->dx_max, geometry->out_width);
     of.is_tap_by_tap = of.row_edges.is_too_many || of.column_edges.is_too_many;
@@ -51,15 +51,15 @@ static PhaseRegions find_regions(const Layer *layer, const Geometry *geometry, i
     return of;
 }
 
-/* Mark the positions of a stream, row-major from column 0, that lie in one column. */
-static void mark_column(uint64_t *mask, int64_t blocks, int64_t column, int64_t pitch) {
-    for (int64_t position = column; position < blocks * STREAM; position += pitch)
-        mask[position / STREAM] |= UINT64_C(1) << position % STREAM;
+/* Mark the positions of a track, row-major from column 0, that lie in one column. */
+static void mark_column(uint64_t *mask, int64_t grains, int64_t column, int64_t pitch) {
+    for (int64_t position = column; position < grains * GRAIN; position += pitch)
+        mask[position / GRAIN] |= UINT64_C(1) << position % GRAIN;
 }
 
 bool regions_make(Regions *regions, const Layer *layer, const Geometry *geometry) {
     *regions = (Regions){.phase_count = geometry->phase_count,
-                         .blocks = (geometry->stage_rows * geometry->pitch + STREAM - 1) / STREAM};
+                         .grains = (geometry->stage_rows * geometry->pitch + GRAIN - 1) / GRAIN};
     regions->phases = calloc((size_t)geometry->phase_count, sizeof *regions->phases);
     if (!regions->phases)
         return false;
@@ -71,12 +71,12 @@ bool regions_make(Regions *regions, const Layer *layer, const Geometry *geometry
         regions->regions += of->regions;
         columns += of->column_edges.count;
     }
-    uint64_t *mask = regions->masks = calloc((size_t)(columns * regions->blocks) + 1, sizeof *mask);
+    uint64_t *mask = regions->masks = calloc((size_t)(columns * regions->grains) + 1, sizeof *mask);
     for (int phase = 0; mask && phase < geometry->phase_count; phase++) {
         PhaseRegions *of = &regions->phases[phase];
         of->masks = mask;
-        for (int j = 0; j < of->column_edges.count; j++, mask += regions->blocks)
-            mark_column(mask, regions->blocks, of->column_edges.at[j], geometry->pitch);
+        for (int j = 0; j < of->column_edges.count; j++, mask += regions->grains)
+            mark_column(mask, regions->grains, of->column_edges.at[j], geometry->pitch);
     }
     return regions->masks != NULL;
 }
@@ -102,73 +102,77 @@ typedef struct {
     int64_t own_first, own_end; /* phase rows that are this job's to count */
     int64_t first, end;         /* slots */
     int64_t *counts;            /* of the phase's first region in the first slot */
-} Share;
+} Counting;
 
 /* Add `count` bytes of every slot, from a place in phase row `row` on, to one region; or to a row of regions:
  * all of them, then those in each column edge. */
-static void count_bytes(const Share *share, int64_t row, int64_t column, int64_t count, int64_t region,
+static void count_bytes(const Counting *counting, int64_t row, int64_t column, int64_t count, int64_t region,
                         bool by_columns) {
-    const StageArguments *stage = share->stage;
+    const StageArguments *stage = counting->stage;
     const Layer *layer = stage->layer;
     const Geometry *geometry = stage->geometry;
     const SlotRule *rule = &layer->rule;
-    const PhaseRegions *of = &share->regions->phases[share->phase];
+    const PhaseRegions *of = &counting->regions->phases[counting->phase];
     int64_t slots = layer->quads * slots_per_quad(rule),
             length = tally_length(rule->threads, tally_kind(rule));
     CountArguments arguments = {.rule = rule,
-                                .slots = share->end - share->first,
-                                .channel_of =
-                                    layer->channel_of + (stage->group * slots + share->first) * rule->threads,
-                                .bytes = staged(stage, 0, share->phase) + geometry->guard +
-                                         (row - share->first_row) * geometry->pitch + column,
-                                .channel_stride = geometry->phase_count * geometry->stride,
+                                .slots = counting->end - counting->first,
+                                .channel_of = layer->channel_of +
+                                              (stage->group * slots + counting->first) * rule->threads,
+                                .bytes = staged(stage, 0, counting->phase) + geometry->guard +
+                                         (row - counting->first_row) * geometry->pitch + column,
+                                .channel_stride = geometry->phase_count * geometry->track_stride,
                                 .count = count,
                                 .masks = of->masks,
                                 .columns = by_columns ? of->column_edges.count : 0,
-                                .mask_stride = share->regions->blocks,
-                                .counts = share->counts + region * length,
-                                .counts_stride = share->regions->regions * length};
+                                .mask_stride = counting->regions->grains,
+                                .counts = counting->counts + region * length,
+                                .counts_stride = counting->regions->regions * length};
     stage->ops->count(&arguments);
 }
 
 /* The plain way, for kernels that reach far beyond the edges: every tap counts its own pixels. */
-static void count_tap_by_tap(const Share *share) {
-    const Geometry *geometry = share->stage->geometry;
-    for (int64_t tap = 0; tap < share->stage->layer->taps; tap++) {
+static void count_tap_by_tap(const Counting *counting) {
+    const Geometry *geometry = counting->stage->geometry;
+    for (int64_t tap = 0; tap < counting->stage->layer->taps; tap++) {
         const Tap *at = &geometry->taps[tap];
         int64_t column = max64(0, at->dx);
-        int64_t columns = min64(geometry->phases[share->phase].width, geometry->out_width + at->dx) - column;
-        if (at->phase != share->phase || columns <= 0)
+        int64_t columns =
+            min64(geometry->phases[counting->phase].width, geometry->out_width + at->dx) - column;
+        if (at->phase != counting->phase || columns <= 0)
             continue;
-        for (int64_t row = share->own_first; row < share->own_end; row++)
+        for (int64_t row = counting->own_first; row < counting->own_end; row++)
             if (!misses(row, at->dy, geometry->out_height))
-                count_bytes(share, row, column, columns, tap, false);
+                count_bytes(counting, row, column, columns, tap, false);
     }
 }
 
-static void count_by_edges(const Share *share) {
-    const Geometry *geometry = share->stage->geometry;
-    const PhaseRegions *of = &share->regions->phases[share->phase];
-    count_bytes(share, share->own_first, 0, (share->own_end - share->own_first) * geometry->pitch, 0, true);
+static void count_by_edges(const Counting *counting) {
+    const Geometry *geometry = counting->stage->geometry;
+    const PhaseRegions *of = &counting->regions->phases[counting->phase];
+    count_bytes(counting, counting->own_first, 0, (counting->own_end - counting->own_first) * geometry->pitch,
+                0, true);
     for (int i = 0; i < of->row_edges.count; i++) {
         int64_t row = of->row_edges.at[i];
-        if (row >= share->own_first && row < share->own_end)
-            count_bytes(share, row, 0, geometry->phases[share->phase].width,
+        if (row >= counting->own_first && row < counting->own_end)
+            count_bytes(counting, row, 0, geometry->phases[counting->phase].width,
                         (i + 1) * (1 + of->column_edges.count), true);
     }
 }
 
 /* The rows between this job's first and the next job's first are its own; an image's last job takes the rest.
  */
-static void find_own_rows(Share *share) {
-    const StageArguments *stage = share->stage;
+static void find_own_rows(Counting *counting) {
+    const StageArguments *stage = counting->stage;
     const Geometry *geometry = stage->geometry;
-    int64_t y = geometry_row(geometry, stage->first_row).y, exist = share->regions->phases[share->phase].rows;
+    int64_t y = geometry_row(geometry, stage->first_row).y,
+            exist = counting->regions->phases[counting->phase].rows;
     bool is_last = y + stage->rows == geometry->out_height;
-    share->first_row = y + geometry->dy_min;
-    share->own_first = max64(0, share->first_row);
-    share->own_end = share->first_row + stage->rows + (is_last ? geometry->dy_max - geometry->dy_min : 0);
-    share->own_end = max64(share->own_first, min64(share->own_end, exist));
+    counting->first_row = y + geometry->dy_min;
+    counting->own_first = max64(0, counting->first_row);
+    counting->own_end =
+        counting->first_row + stage->rows + (is_last ? geometry->dy_max - geometry->dy_min : 0);
+    counting->own_end = max64(counting->own_first, min64(counting->own_end, exist));
 }
 
 void count_quads(const StageArguments *stage, const Regions *regions, int64_t first, int64_t end,
@@ -178,22 +182,22 @@ void count_quads(const StageArguments *stage, const Regions *regions, int64_t fi
     int64_t per_quad = slots_per_quad(rule), length = tally_length(rule->threads, tally_kind(rule));
     for (int phase = 0; phase < regions->phase_count; phase++) {
         const PhaseRegions *of = &regions->phases[phase];
-        Share share = {.stage = stage,
-                       .regions = regions,
-                       .phase = phase,
-                       .first = first * per_quad,
-                       .end = end * per_quad};
-        int64_t in_layer = stage->group * layer->quads * per_quad + share.first;
-        share.counts = counts + (in_layer * regions->regions + of->first_region) * length;
+        Counting counting = {.stage = stage,
+                             .regions = regions,
+                             .phase = phase,
+                             .first = first * per_quad,
+                             .end = end * per_quad};
+        int64_t in_layer = stage->group * layer->quads * per_quad + counting.first;
+        counting.counts = counts + (in_layer * regions->regions + of->first_region) * length;
         if (stage->geometry->is_pointwise) {
-            count_bytes(&share, 0, 0, stage->rows * stage->geometry->pitch, 0, false);
+            count_bytes(&counting, 0, 0, stage->rows * stage->geometry->pitch, 0, false);
             continue;
         }
-        find_own_rows(&share);
+        find_own_rows(&counting);
         if (of->is_tap_by_tap)
-            count_tap_by_tap(&share);
+            count_tap_by_tap(&counting);
         else
-            count_by_edges(&share);
+            count_by_edges(&counting);
     }
 }
 
@@ -215,17 +219,17 @@ static int sign_of(const PhaseRegions *of, int64_t region) {
 }
 
 bool count_fold(const VectorOps *ops, const Layer *layer, const Geometry *geometry, const Regions *regions,
-                const int64_t *const *counts, int parts, Tally *tally) {
+                const int64_t *const *counts, int workspaces, Tally *tally) {
     const SlotRule *rule = &layer->rule;
     int64_t length = tally_length(rule->threads, tally_kind(rule));
     int64_t slots = layer->quads * slots_per_quad(rule), per_slot = regions->regions * length;
     int64_t *taps = malloc((size_t)layer->taps * sizeof *taps);
-    const int64_t **here = malloc((size_t)parts * sizeof *here);
+    const int64_t **here = malloc((size_t)workspaces * sizeof *here);
     FoldArguments fold = {.rule = rule,
                           .slots = slots,
                           .counts = here,
                           .counts_stride = per_slot,
-                          .parts = parts,
+                          .workspaces = workspaces,
                           .tap_stride = slots * length,
                           .tap = taps,
                           .tally = tally};
@@ -239,9 +243,8 @@ bool count_fold(const VectorOps *ops, const Layer *layer, const Geometry *geomet
                 if (sees(geometry, of, phase, region, tap))
                     taps[fold.taps++] = tap;
             for (int64_t group = 0; fold.taps && group < layer->shape.groups; group++) {
-                for (int part = 0; part < parts; part++)
-                    here[part] =
-                        counts[part] + group * slots * per_slot + (of->first_region + region) * length;
+                for (int i = 0; i < workspaces; i++)
+                    here[i] = counts[i] + group * slots * per_slot + (of->first_region + region) * length;
                 fold.weights = layer->tallies + group * layer->taps * slots * length;
                 ops->fold(&fold);
             }

@@ -30,14 +30,14 @@ typedef struct {
     Edges row_edges, column_edges;
     bool is_tap_by_tap;
     int64_t first_region, regions; /* (1 + row edges, 1 + column edges), or one per tap of the layer */
-    uint64_t *masks; /* (column edges, blocks): positions of a row-major stream in that column */
+    uint64_t *masks; /* (column edges, grains): positions of a row-major stream in that column */
 } PhaseRegions;
 
 typedef struct {
     PhaseRegions *phases;
     int phase_count;
     int64_t regions; /* of all phases */
-    int64_t blocks;  /* of STREAM positions in the longest stream */
+    int64_t grains;  /* of GRAIN positions in the longest track */
     uint64_t *masks;
 } Regions;
 
@@ -51,9 +51,9 @@ int64_t counts_length(const Regions *regions, const Layer *layer);
 void count_quads(const StageArguments *stage, const Regions *regions, int64_t first, int64_t end,
                  int64_t *counts);
 
-/* Bring together what was counted, here in `parts` parts, and the weights that met it; false when memory runs
- * out. */
+/* Bring together what was counted, here in `workspaces` workspaces, and the weights that met it; false when
+ * memory runs out. */
 bool count_fold(const VectorOps *ops, const Layer *layer, const Geometry *geometry, const Regions *regions,
-                const int64_t *const *counts, int parts, Tally *tally);
+                const int64_t *const *counts, int workspaces, Tally *tally);
 
 #endif

@@ -33,9 +33,9 @@ INLINE void count_slot(const CountArguments *arguments, const int32_t *channels,
     const uint8_t *channel[MAX_THREADS];
     for (int t = 0; t < threads; t++)
         channel[t] = channels[t] < 0 ? NULL : arguments->bytes + channels[t] * arguments->channel_stride;
-    for (int64_t block = 0; block * STREAM < arguments->count; block++) {
+    for (int64_t grain = 0; grain * GRAIN < arguments->count; grain++) {
         uint64_t all[16], wide[MAX_THREADS];
-        int64_t at = block * STREAM;
+        int64_t at = grain * GRAIN;
         all[0] = ~0ull;
         UNROLL for (int t = 0; t < threads; t++) {
             classify(channel[t] ? channel[t] + at : NULL, arguments->count - at, arguments->rule->is_signed,
@@ -44,7 +44,7 @@ INLINE void count_slot(const CountArguments *arguments, const int32_t *channels,
         }
         count_sets(all, wide, ~0ull, threads, kind, counts);
         for (int column = 0; column < arguments->columns; column++) {
-            uint64_t mask = arguments->masks[column * arguments->mask_stride + block];
+            uint64_t mask = arguments->masks[column * arguments->mask_stride + grain];
             if (mask)
                 count_sets(all, wide, mask, threads, kind, counts + (1 + column) * length);
         }
@@ -68,9 +68,9 @@ INLINE void fold_slots(const FoldArguments *fold, const int threads, const Tally
     for (int64_t slot = 0; slot < fold->slots; slot++) {
         int64_t a[MAX_TALLY] = {0};
         int32_t w[MAX_TALLY] = {0};
-        for (int part = 0; part < fold->parts; part++)
+        for (int of = 0; of < fold->workspaces; of++)
             for (int i = 0; i < length; i++)
-                a[i] += fold->counts[part][slot * fold->counts_stride + i];
+                a[i] += fold->counts[of][slot * fold->counts_stride + i];
         for (int64_t tap = 0; tap < fold->taps; tap++) {
             const int32_t *of_tap = fold->weights + fold->tap[tap] * fold->tap_stride + slot * length;
             for (int i = 0; i < length; i++)
@@ -111,10 +111,10 @@ INLINE void fold_slots(const FoldArguments *fold, const int threads, const Tally
         function(arguments, 1, TALLY_PATTERNS);                                                              \
     }
 
-static void count(const CountArguments *arguments) {
+static void count_activations(const CountArguments *arguments) {
     FOR_EVERY_RULE(count_slots, arguments, arguments->rule)
 }
 
-static void fold(const FoldArguments *arguments) {
+static void fold_counts(const FoldArguments *arguments) {
     FOR_EVERY_RULE(fold_slots, arguments, arguments->rule)
 }

@@ -1,6 +1,10 @@
 /* Which paths there are, best first. A path that the compiler could not build says it is unsupported. */
 #include "kernels.h"
 
+bool path_not_built(void) {
+    return false;
+}
+
 int list_paths(const Path *paths[MAX_PATHS]) {
     static const Path *const best_first[] = {&path_avx512vnni, &path_avx2, &path_scalar};
     int count = 0;

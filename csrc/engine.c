@@ -4,6 +4,7 @@
 #include "buffers.h"
 #include "count.h"
 #include "geometry.h"
+#include "ninth_bit.h"
 #include "stage.h"
 
 #include <pthread.h>
@@ -27,6 +28,7 @@ typedef struct {
     pthread_mutex_t lock; /* over what follows */
     int64_t nanoseconds[TIMES];
     Seen seen;
+    const char *ran_on;      /* see Outcome */
     struct Workspace *spare; /* workspaces that no job uses */
     bool is_out_of_memory;
 } Shared;
@@ -39,19 +41,11 @@ typedef struct Workspace {
     uint16_t *flags;
     int32_t (*acc)[BLOCK][TILE]; /* (blocks, tiles) */
     int64_t *counts;             /* of all jobs that used this workspace */
-    Events events;
-    struct Correction *corrections; /* sorted by tile */
-    int64_t *first_correction;      /* by tile */
+    NinthBits ninth_bits;
 } Workspace;
 
-/* One event seen by one output position. */
-typedef struct Correction {
-    int32_t event, tap;
-    int32_t position;
-} Correction;
-
-/* Streams that are packed at a time. */
-static int64_t streams(const Shared *shared) {
+/* Tracks that are packed at a time. */
+static int64_t tracks(const Shared *shared) {
     return shared->layer->chunk_quads * shared->geometry.phase_count;
 }
 
@@ -61,12 +55,12 @@ static int64_t tiles_of(int64_t positions) {
 
 /* So many events of a chunk are corrected one by one. */
 static int64_t events_per_chunk(const Shared *shared) {
-    return streams(shared) * shared->geometry.stride / 8 + 1;
+    return tracks(shared) * shared->geometry.track_stride / POSITIONS_PER_EVENT + 1;
 }
 
 /* From a plane to the next, in 32-bit words. */
 static int64_t plane_stride(const Shared *shared) {
-    return streams(shared) * words_per_quad(shared->layer) * shared->geometry.stride;
+    return tracks(shared) * words_per_quad(shared->layer) * shared->geometry.track_stride;
 }
 
 static void workspace_release(Workspace *workspace) {
@@ -79,13 +73,11 @@ static void workspace_release(Workspace *workspace) {
     buffer_give(workspace->flags);
     buffer_give(workspace->acc);
     buffer_give(workspace->counts);
-    buffer_give(workspace->events.list);
-    free(workspace->corrections);
-    free(workspace->first_correction);
+    ninth_bits_release(&workspace->ninth_bits);
     free(workspace);
 }
 
-/* With room behind the last stream: vectors are read whole. */
+/* With room behind the last track: vectors are read whole. */
 static void *allocate(size_t bytes) {
     return buffer_take(bytes + 64 * sizeof(uint32_t));
 }
@@ -113,11 +105,9 @@ static Workspace *workspace_make(const Shared *shared) {
         if (workspace->counts)
             memset(workspace->counts, 0, bytes);
     }
-    if (shared->can_overflow) {
-        workspace->events.capacity = events_per_chunk(shared) * shared->layer->chunks;
-        workspace->events.list = allocate((size_t)workspace->events.capacity * sizeof(Event));
-        is_complete &= workspace->events.list != NULL;
-    }
+    if (shared->can_overflow)
+        is_complete &=
+            ninth_bits_make(&workspace->ninth_bits, events_per_chunk(shared) * shared->layer->chunks);
     if (!is_complete) {
         workspace_release(workspace);
         return NULL;
@@ -201,24 +191,27 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
     const Geometry *geometry = &shared->geometry;
     Workspace *workspace = job->workspace;
     StageArguments stage = stage_of(job);
+    int bias = bias_of(&layer->format, layer->rule.is_signed);
     int64_t rows = job->rows + geometry->dy_max - geometry->dy_min;
-    int64_t positions = (geometry->guard + rows * geometry->pitch + STREAM - 1) / STREAM * STREAM;
+    int64_t positions = (geometry->guard + rows * geometry->pitch + GRAIN - 1) / GRAIN * GRAIN;
     for (int phase = 0; phase < geometry->phase_count; phase++)
         for (int64_t quad = first; quad < end; quad++) {
-            int64_t stream = phase * layer->chunk_quads + quad;
-            int64_t at = stream * words_per_quad(layer) * geometry->stride;
+            int64_t track = phase * layer->chunk_quads + quad;
+            int64_t at = track * words_per_quad(layer) * geometry->track_stride;
             int64_t of_layer = job->chunk * layer->chunk_quads + quad;
             PackArguments pack = {.positions = positions,
                                   .rule = &layer->rule,
                                   .planes = shared->masks,
                                   .plane_count = layer->plane_count,
+                                  .flip = bias && !is_excess ? 0x80 : 0,
                                   .is_excess = is_excess,
                                   .out = workspace->planes[is_excess] + at,
                                   .plane_stride = plane_stride(shared),
-                                  .word_stride = geometry->stride,
+                                  .word_stride = geometry->track_stride,
                                   .flags = layer->has_contests && !is_excess ? workspace->flags + at : NULL,
                                   .flags_of = layer->flags_of,
-                                  .events = shared->can_overflow && !is_excess ? &workspace->events : NULL,
+                                  .events = shared->can_overflow && !is_excess ? &workspace->ninth_bits.events
+                                                                               : NULL,
                                   .phase = phase,
                                   .quad = (int32_t)of_layer};
             const int32_t *channels = layer->channel_of + (job->group * layer->quads + of_layer) * QUAD;
@@ -228,8 +221,6 @@ static void job_pack(const Job *job, int64_t first, int64_t end, bool is_excess)
         }
 }
 
-/* ---- activations of nine bits ---- */
-
 static int64_t job_positions(const Job *job) {
     return job->rows * job->shared->geometry.pitch;
 }
@@ -238,60 +229,17 @@ static int64_t job_tiles(const Job *job) {
     return tiles_of(job_positions(job));
 }
 
-/* Count, or write, every (event, tap) that an output position of the job sees, from next[tile] on. */
-static void visit_corrections(const Job *job, int64_t *next, Correction *out) {
-    const Geometry *geometry = &job->shared->geometry;
-    const Events *events = &job->workspace->events;
-    int64_t positions = job_positions(job), count = atomic_load(&events->count);
-    for (int64_t i = 0; i < count; i++) {
-        const Event *event = &events->list[i];
-        for (int64_t tap = 0; tap < job->shared->layer->taps; tap++) {
-            int64_t position = event->position - tap_shift(geometry, &geometry->taps[tap]);
-            if (geometry->taps[tap].phase != event->phase || position < 0 || position >= positions)
-                continue;
-            int64_t at = next[position / TILE]++;
-            if (out)
-                out[at] = (Correction){(int32_t)i, (int32_t)tap, (int32_t)position};
-        }
-    }
-}
-
-/* Sort the events' effects by tile. */
-static bool prepare_corrections(const Job *job) {
-    Workspace *workspace = job->workspace;
-    int64_t tiles = job_tiles(job), total = 0;
-    free(workspace->first_correction);
-    free(workspace->corrections);
-    workspace->corrections = NULL;
-    int64_t *first = workspace->first_correction = calloc((size_t)tiles + 1, sizeof *first);
-    if (!first)
-        return false;
-    visit_corrections(job, first, NULL);
-    for (int64_t tile = 0; tile <= tiles; tile++) {
-        int64_t here = first[tile];
-        first[tile] = total;
-        total += here;
-    }
-    workspace->corrections = malloc((size_t)total * sizeof *workspace->corrections + 1);
-    if (!workspace->corrections)
-        return false;
-    visit_corrections(job, first, workspace->corrections); /* moves every first to the next tile's */
-    memmove(first + 1, first, (size_t)tiles * sizeof *first);
-    first[0] = 0;
-    return true;
-}
-
 /* Whether the chunk's events are few enough to be corrected one by one; else forget them, and pack what they
  * lack. */
 static void job_settle_chunk(Job *job) {
     Workspace *workspace = job->workspace;
-    int64_t count = atomic_load(&workspace->events.count);
+    int64_t count = atomic_load(&workspace->ninth_bits.events.count);
     job->has_excess = count - job->events_before > events_per_chunk(job->shared);
     if (!job->has_excess) {
         job->events_before = count;
         return;
     }
-    atomic_store(&workspace->events.count, job->events_before);
+    atomic_store(&workspace->ninth_bits.events.count, job->events_before);
     if (!workspace->planes[1])
         workspace->planes[1] = allocate(
             (size_t)(plane_stride(job->shared) * job->shared->layer->plane_count) * sizeof(uint32_t));
@@ -303,81 +251,30 @@ static void job_settle_chunk(Job *job) {
 
 /* After the last chunk: what is left to be corrected. */
 static void job_settle_events(const Job *job) {
-    free(job->workspace->first_correction);
-    job->workspace->first_correction = NULL;
-    if (job->events_before && !prepare_corrections(job))
+    if (!ninth_bits_settle(&job->workspace->ninth_bits, job->shared->layer, &job->shared->geometry,
+                           job_positions(job)))
         fail(job->shared);
-}
-
-/* Sums to add to the channels of one tile, for the positions that events touch. */
-typedef struct {
-    int32_t *sums; /* (touched, channels) */
-    int16_t slot[TILE];
-    int touched;
-} TileCorrections;
-
-static bool correct_tile(const Job *job, int64_t tile, int64_t first_channel, int64_t channels,
-                         TileCorrections *corrections) {
-    const Workspace *workspace = job->workspace;
-    const Layer *layer = job->shared->layer;
-    memset(corrections->slot, -1, sizeof corrections->slot);
-    corrections->touched = 0;
-    if (!workspace->first_correction)
-        return true;
-    int64_t first = workspace->first_correction[tile], end = workspace->first_correction[tile + 1];
-    for (int64_t i = first; i < end; i++) {
-        int16_t *slot = &corrections->slot[workspace->corrections[i].position % TILE];
-        if (*slot < 0)
-            *slot = (int16_t)corrections->touched++;
-    }
-    if (!corrections->touched)
-        return true;
-    if (!corrections->sums)
-        corrections->sums = malloc((size_t)(TILE * channels) * sizeof(int32_t));
-    if (!corrections->sums)
-        return false;
-    memset(corrections->sums, 0, (size_t)(corrections->touched * channels) * sizeof(int32_t));
-    for (int64_t i = first; i < end; i++) {
-        const Correction *correction = &workspace->corrections[i];
-        const Event *event = &workspace->events.list[correction->event];
-        const uint32_t *raw =
-            layer->raw +
-            ((job->group * layer->taps + correction->tap) * layer->quads + event->quad) * layer->shape.n +
-            first_channel;
-        job->shared->ops->correct(raw, channels, event, &layer->rule,
-                                  corrections->sums +
-                                      corrections->slot[correction->position % TILE] * channels);
-    }
-    return true;
-}
-
-static void add_corrections(const TileCorrections *corrections, int64_t channels, int64_t first, int count,
-                            int32_t acc[BLOCK][TILE]) {
-    for (int position = 0; position < TILE; position++)
-        if (corrections->slot[position] >= 0)
-            for (int c = 0; c < count; c++)
-                acc[c][position] += corrections->sums[corrections->slot[position] * channels + first + c];
 }
 
 /* ---- where a tile goes ---- */
 
 typedef struct {
-    Run runs[TILE];
-    int run_count;
+    Span spans[TILE];
+    int span_count;
     int64_t lane_to[TILE];
     bool is_whole[TILE / 16];
 } TilePlaces;
 
-/* Split a row's part of the tile into runs that stay within groups of 16 lanes. */
-static void add_runs(TilePlaces *places, int lane, int end, int64_t to) {
+/* Split a row's part of the tile into spans that stay within 16 lanes. */
+static void add_spans(TilePlaces *places, int lane, int end, int64_t to) {
     while (lane < end) {
         int first = lane / 16 * 16, stop = first + 16 < end ? first + 16 : end;
         uint16_t lanes = (uint16_t)(((1u << (stop - lane)) - 1) << (lane - first));
-        Run *last = places->run_count ? &places->runs[places->run_count - 1] : NULL;
+        Span *last = places->span_count ? &places->spans[places->span_count - 1] : NULL;
         if (last && last->first == first && last->to + __builtin_popcount(last->lanes) == to)
             last->lanes |= lanes;
         else
-            places->runs[places->run_count++] = (Run){to, first, lanes};
+            places->spans[places->span_count++] = (Span){to, first, lanes};
         to += stop - lane;
         lane = stop;
     }
@@ -388,7 +285,7 @@ static void place_tile(const Job *job, int64_t tile, TilePlaces *places) {
     const Sink *sink = &geometry->sink;
     int64_t position = tile * TILE, row = position / geometry->pitch,
             start = row * geometry->pitch - position;
-    places->run_count = 0;
+    places->span_count = 0;
     for (int lane = 0; lane < TILE; lane++)
         places->lane_to[lane] = NOWHERE;
     memset(places->is_whole, 0, sizeof places->is_whole);
@@ -398,11 +295,11 @@ static void place_tile(const Job *job, int64_t tile, TilePlaces *places) {
         int64_t end = start + at.length < TILE ? at.length : TILE - start;
         int64_t to = at.image * sink->stride_b + at.y * sink->stride_h + (at.x + first) * sink->stride_w;
         if (sink->stride_w == 1 && first < end)
-            add_runs(places, (int)(start + first), (int)(start + end), to);
+            add_spans(places, (int)(start + first), (int)(start + end), to);
         for (int64_t column = first; sink->stride_w != 1 && column < end; column++, to += sink->stride_w)
             places->lane_to[start + column] = to;
-        for (int64_t group = (start + first + 15) / 16; 16 * group + 16 <= start + end; group++)
-            places->is_whole[group] = true;
+        for (int64_t sixteen = (start + first + 15) / 16; 16 * sixteen + 16 <= start + end; sixteen++)
+            places->is_whole[sixteen] = true;
     }
 }
 
@@ -429,12 +326,12 @@ static void start_sums(const Job *job, int64_t block, int32_t acc[BLOCK][TILE]) 
 }
 
 /* What a block's dense streams are in this chunk. */
-static void find_streams(const Job *job, int64_t block, Stream streams[PARTS][STREAMS]) {
+static void find_streams(const Job *job, int64_t block, Stream streams[TEAMS][STREAMS]) {
     const Layer *layer = job->shared->layer;
     int64_t in_layer = job->group * layer->blocks + block;
     if (layer->has_contests) {
-        const Start *start = layer->starts + (in_layer * layer->chunks + job->chunk) * PARTS * STREAMS;
-        for (int i = 0; i < PARTS * STREAMS; i++)
+        const Start *start = layer->starts + (in_layer * layer->chunks + job->chunk) * TEAMS * STREAMS;
+        for (int i = 0; i < TEAMS * STREAMS; i++)
             streams[i / STREAMS][i % STREAMS] =
                 (Stream){layer->order + start[i].step, start[i + 1].step - start[i].step,
                          layer->dense + start[i].word};
@@ -445,12 +342,19 @@ static void find_streams(const Job *job, int64_t block, Stream streams[PARTS][ST
                              layer->dense + (in_layer * layer->steps + step) * words};
 }
 
+static void note_path(Shared *shared, const char *ran_on) {
+    pthread_mutex_lock(&shared->lock);
+    shared->ran_on = ran_on;
+    pthread_mutex_unlock(&shared->lock);
+}
+
 /* The chunk's products for channel blocks first..end-1. */
 static void job_multiply(const Job *job, int64_t first, int64_t end) {
-    const Shared *shared = job->shared;
+    Shared *shared = job->shared;
     const Layer *layer = shared->layer;
     const Workspace *workspace = job->workspace;
     int64_t tiles = job_tiles(job);
+    const char *ran_on = NULL;
     for (int64_t block = first; block < end; block++) {
         int64_t channel = job->group * layer->shape.n + block * BLOCK;
         MultiplyArguments multiply = {.plane_stride = plane_stride(shared),
@@ -458,20 +362,22 @@ static void job_multiply(const Job *job, int64_t first, int64_t end) {
                                       .layer = layer,
                                       .first_entry =
                                           layer->first_entry + channel * layer->chunks + job->chunk,
-                                      .channels = channels_of(layer, block)};
+                                      .channels = channels_of(layer, block),
+                                      .ran_on = &ran_on};
         find_streams(job, block, multiply.streams);
         for (int64_t tile = 0; tile < tiles; tile++) {
             multiply.acc = workspace->acc[block * tiles + tile];
             multiply.positions = positions_of(job, tile);
             if (job->chunk == 0)
                 start_sums(job, block, multiply.acc);
-            for (int pass = 0; pass <= job->has_excess; pass++) {
-                multiply.planes = workspace->planes[pass] + tile * TILE;
+            for (int which = 0; which <= job->has_excess; which++) {
+                multiply.planes = workspace->planes[which] + tile * TILE;
                 multiply.flags = layer->has_contests ? workspace->flags + tile * TILE : NULL;
                 shared->ops->multiply(&multiply);
             }
         }
     }
+    note_path(shared, ran_on);
 }
 
 /* Send the sums of channel blocks first..end-1 on their way. */
@@ -484,24 +390,25 @@ static void job_store(const Job *job, int64_t first, int64_t end) {
     TilePlaces places;
     for (int64_t tile = 0; tile < tiles; tile++) {
         place_tile(job, tile, &places);
-        if (!correct_tile(job, tile, first_channel, channels, &corrections)) {
+        if (!ninth_bits_of_tile(&job->workspace->ninth_bits, layer, job->group, tile, first_channel, channels,
+                                &corrections)) {
             fail(shared);
             break;
         }
-        for (int64_t pair = first; pair < end; pair += PAIR) {
+        for (int64_t together = first; together < end; together += STORED) {
             StoreArguments store = {.sink = &shared->geometry.sink,
-                                    .first_channel = job->group * layer->shape.n + pair * BLOCK,
+                                    .first_channel = job->group * layer->shape.n + together * BLOCK,
                                     .positions = positions_of(job, tile),
-                                    .runs = places.runs,
-                                    .run_count = places.run_count,
+                                    .spans = places.spans,
+                                    .span_count = places.span_count,
                                     .lane_to = places.lane_to,
                                     .is_whole = places.is_whole};
-            for (int64_t block = pair; block < end && block < pair + PAIR; block++) {
+            for (int64_t block = together; block < end && block < together + STORED; block++) {
                 int32_t (*acc)[TILE] = job->workspace->acc[block * tiles + tile];
                 int count = channels_of(layer, block);
                 if (corrections.touched)
-                    add_corrections(&corrections, channels, block * BLOCK - first_channel, count, acc);
-                store.acc[block - pair] = (const int32_t (*)[TILE])acc;
+                    ninth_bits_add(&corrections, channels, block * BLOCK - first_channel, count, acc);
+                store.acc[block - together] = (const int32_t (*)[TILE])acc;
                 store.channels += count;
             }
             shared->ops->store(&store);
@@ -515,7 +422,7 @@ static void job_store(const Job *job, int64_t first, int64_t end) {
 static Job make_job(Shared *shared, int64_t index, Workspace *workspace) {
     Job job = {.shared = shared, .workspace = workspace, .group = index / shared->geometry.jobs};
     geometry_job(&shared->geometry, index % shared->geometry.jobs, &job.first_row, &job.rows);
-    atomic_store(&workspace->events.count, 0);
+    atomic_store(&workspace->ninth_bits.events.count, 0);
     return job;
 }
 
@@ -583,26 +490,26 @@ static void run_job(void *context, int64_t index) {
     workspace_give(shared, workspace);
 }
 
-/* Where jobs are fewer than threads, each step of a job is shared out instead: channels, quads, blocks. */
+/* Where jobs are fewer than threads, each pass of a job is shared out instead: channels, quads, blocks. */
 typedef struct {
     Job *job;
-    void (*step)(const Job *job, int64_t first, int64_t end);
-    int64_t total, part;
-} Step;
+    void (*work)(const Job *job, int64_t first, int64_t end);
+    int64_t total, share;
+} Pass;
 
-static void run_part(void *context, int64_t index) {
-    const Step *step = context;
-    int64_t first = index * step->part,
-            end = first + step->part < step->total ? first + step->part : step->total;
-    step->step(step->job, first, end);
+static void run_share(void *context, int64_t index) {
+    const Pass *pass = context;
+    int64_t first = index * pass->share,
+            end = first + pass->share < pass->total ? first + pass->share : pass->total;
+    pass->work(pass->job, first, end);
 }
 
-static void run_step(Job *job, void (*function)(const Job *, int64_t, int64_t), int64_t total,
+static void run_pass(Job *job, void (*function)(const Job *, int64_t, int64_t), int64_t total,
                      int64_t granule, int cpu_threads) {
-    int64_t parts = cpu_threads > 1 ? 2 * (int64_t)cpu_threads : 1;
-    int64_t part = ((total + parts - 1) / parts + granule - 1) / granule * granule;
-    Step step = {job, function, total, part};
-    parallel_for((total + part - 1) / part, cpu_threads, run_part, &step);
+    int64_t shares = cpu_threads > 1 ? SHARES_PER_THREAD * (int64_t)cpu_threads : 1;
+    int64_t share = ((total + shares - 1) / shares + granule - 1) / granule * granule;
+    Pass pass = {job, function, total, share};
+    parallel_for((total + share - 1) / share, cpu_threads, run_share, &pass);
 }
 
 static void pack_values(const Job *job, int64_t first, int64_t end) {
@@ -612,7 +519,7 @@ static void pack_excess(const Job *job, int64_t first, int64_t end) {
     job_pack(job, first, end, true);
 }
 
-static void run_job_in_steps(Shared *shared, int64_t index, int cpu_threads) {
+static void run_job_in_passes(Shared *shared, int64_t index, int cpu_threads) {
     const Layer *layer = shared->layer;
     Workspace *workspace = workspace_take(shared);
     if (!workspace) {
@@ -620,21 +527,21 @@ static void run_job_in_steps(Shared *shared, int64_t index, int cpu_threads) {
         return;
     }
     Job job = make_job(shared, index, workspace);
-    run_step(&job, job_stage, layer->shape.c, 16, cpu_threads);
+    run_pass(&job, job_stage, layer->shape.c, 16, cpu_threads);
     if (layer->is_im2col)
-        run_step(&job, job_im2col, layer->channels, 1, cpu_threads);
+        run_pass(&job, job_im2col, layer->channels, 1, cpu_threads);
     if (shared->count)
-        run_step(&job, job_count, layer->quads, 1, cpu_threads);
+        run_pass(&job, job_count, layer->quads, 1, cpu_threads);
     for (job.chunk = 0; job.chunk < layer->chunks; job.chunk++) {
         int64_t quads = quads_of_chunk(layer, job.chunk);
-        run_step(&job, pack_values, quads, 1, cpu_threads);
+        run_pass(&job, pack_values, quads, 1, cpu_threads);
         job_settle_chunk(&job);
         if (job.has_excess)
-            run_step(&job, pack_excess, quads, 1, cpu_threads);
-        run_step(&job, job_multiply, layer->blocks, 1, cpu_threads);
+            run_pass(&job, pack_excess, quads, 1, cpu_threads);
+        run_pass(&job, job_multiply, layer->blocks, 1, cpu_threads);
     }
     job_settle_events(&job);
-    run_step(&job, job_store, layer->blocks, PAIR, cpu_threads);
+    run_pass(&job, job_store, layer->blocks, STORED, cpu_threads);
     workspace_give(shared, workspace);
 }
 
@@ -675,25 +582,25 @@ static bool prepare(Shared *shared) {
             for (int64_t quad = 0; quad < quads_of_chunk(layer, chunk); quad++)
                 for (int word = 0; word < words; word++) {
                     const Tap *at = &geometry->taps[tap];
-                    int64_t stream = (at->phase * layer->chunk_quads + quad) * words + word;
-                    *offset++ = (uint32_t)(stream * geometry->stride + tap_shift(geometry, at));
+                    int64_t track = (at->phase * layer->chunk_quads + quad) * words + word;
+                    *offset++ = (uint32_t)(track * geometry->track_stride + tap_shift(geometry, at));
                 }
     return plane_stride(shared) <= UINT32_MAX;
 }
 
 /* Once all jobs are done: what they counted, to counters. */
 static bool fold_counts(const Shared *shared, int64_t slots, Outcome *outcome) {
-    int parts = 0, i = 0;
+    int workspaces = 0, i = 0;
     for (const Workspace *workspace = shared->spare; workspace; workspace = workspace->next)
-        parts++;
-    const int64_t **counts = malloc((size_t)parts * sizeof *counts + 1);
+        workspaces++;
+    const int64_t **counts = malloc((size_t)workspaces * sizeof *counts + 1);
     if (!counts)
         return false;
     for (const Workspace *workspace = shared->spare; workspace; workspace = workspace->next)
         counts[i++] = workspace->counts;
     Tally tally = {{0}, {0}, {0}, {0}};
-    bool is_done =
-        count_fold(shared->ops, shared->layer, &shared->geometry, &shared->regions, counts, parts, &tally);
+    bool is_done = count_fold(shared->ops, shared->layer, &shared->geometry, &shared->regions, counts,
+                              workspaces, &tally);
     tally_finish(&tally, &shared->layer->rule, slots, outcome);
     free(counts);
     return is_done;
@@ -711,9 +618,17 @@ static void release(Shared *shared) {
     pthread_mutex_destroy(&shared->lock);
 }
 
-bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, const Sink *sink,
-                int cpu_threads, bool count, Outcome *outcome) {
-    Shared shared = {.ops = ops,
+Layer *engine_pack(const VectorOps *ops, const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
+                   const int32_t *k_of) {
+    Layer *layer = program_pack(shape, rule, weights, k_of, &ops->format);
+    if (layer)
+        layer->ops = ops;
+    return layer;
+}
+
+bool engine_run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
+                Outcome *outcome) {
+    Shared shared = {.ops = layer->ops,
                      .layer = layer,
                      .count = count,
                      .is_timed = outcome->is_timed,
@@ -725,7 +640,7 @@ bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, 
     if (is_ready && jobs >= cpu_threads)
         parallel_for(jobs, cpu_threads, run_job, &shared);
     for (int64_t job = 0; is_ready && jobs < cpu_threads && job < jobs; job++)
-        run_job_in_steps(&shared, job, cpu_threads);
+        run_job_in_passes(&shared, job, cpu_threads);
     if (is_ready && count && !shared.is_out_of_memory) {
         int64_t outputs = output_height(&layer->shape, source) * output_width(&layer->shape, source);
         int64_t slots = source->batch * outputs * layer->shape.groups * layer->shape.n;
@@ -739,6 +654,7 @@ bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, 
     is_ready = is_ready && seen_settle(&layer->shape, source, &shared.seen);
     outcome->saw_nonfinite |= shared.seen.nonfinite;
     outcome->saw_negative |= shared.seen.negative;
+    outcome->ran_on = shared.ran_on;
     bool is_done = is_ready && !shared.is_out_of_memory;
     release(&shared);
     return is_done;

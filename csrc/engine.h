@@ -7,17 +7,15 @@
 #include "program.h"
 #include "seen.h"
 #include "tally.h"
+#include "tuning.h"
 
 #include <stdatomic.h>
 
 enum {
-    TILE = 128,  /* output positions that are accumulated together */
-    STREAM = 64, /* packed streams are multiples of this many positions */
-    PAIR = 2,    /* blocks that are stored together: 16 channels are a cache line */
+    TILE = 128, /* output positions that are accumulated together */
+    GRAIN = 64, /* tracks are multiples of this many positions */
+    STORED = 2, /* blocks that are stored together: 16 channels are a cache line */
 };
-
-/* Words of a dense stream that are applied to all positions of a tile in turn. */
-enum { STRIP_WORDS = 4096 };
 
 /* An activation whose reduced value needs nine bits: the plane holds one less. */
 typedef struct {
@@ -41,10 +39,11 @@ typedef struct {
 /* One quad of channels of one phase: bytes in, planes out. */
 typedef struct {
     const uint8_t *channel[QUAD];
-    int64_t positions; /* a multiple of STREAM */
+    int64_t positions; /* a multiple of GRAIN */
     const SlotRule *rule;
     const PlaneMasks *planes;
     int plane_count;
+    uint8_t flip;   /* added to every byte without carry: 0x80 where the format wants the other sign */
     bool is_excess; /* pack what the ninth bit holds instead: 1 where a reduced value is one short */
     uint32_t *out;  /* plane p at out + p * plane_stride; second word of the quad at + word_stride */
     int64_t plane_stride, word_stride;
@@ -67,13 +66,14 @@ typedef struct {
     int64_t counts_stride;
 } CountArguments;
 
-/* One region's counts, the sum of several parts, and the weights of the taps that see it. */
+/* One region's counts, the sum of several workspaces, and the weights of the taps that see it. */
 typedef struct {
     const SlotRule *rule;
     int64_t slots;
-    const int64_t *const *counts; /* (parts), each (slots, counts_stride) of which tally_length belong here */
+    const int64_t *const
+        *counts; /* (workspaces), each (slots, counts_stride) of which tally_length belong here */
     int64_t counts_stride;
-    int parts;
+    int workspaces;
     const int32_t *weights; /* (taps of the layer: tap_stride, slots, tally_length) */
     int64_t tap_stride;
     const int64_t *tap; /* (taps): which */
@@ -96,31 +96,32 @@ typedef struct {
     const uint16_t *flags;       /* likewise */
     const uint32_t *step_offset; /* positions, by step of the layer */
     const Layer *layer;
-    Stream streams[PARTS][STREAMS]; /* of this block and chunk; without contests the first alone */
+    Stream streams[TEAMS][STREAMS]; /* of this block and chunk; without contests the first alone */
     const int64_t *first_entry;     /* of its first channel, this chunk; a channel further: + chunks */
     int channels;                   /* 1..BLOCK */
     int positions;                  /* 1..TILE */
     int32_t (*acc)[TILE];           /* (BLOCK, TILE) */
+    const char **ran_on;            /* set to the name of the path that multiplies */
 } MultiplyArguments;
 
 #define NOWHERE INT64_MIN
 
-/* Where a tile's positions go: runs of neighbours in memory. */
+/* Where a tile's positions go: spans of neighbours in memory. */
 typedef struct {
     int64_t to;     /* element offset */
     int first;      /* lane of the tile, a multiple of 16 */
     uint16_t lanes; /* of the 16 from there */
-} Run;
+} Span;
 
 typedef struct {
     const Sink *sink;
     int64_t first_channel;   /* over all groups */
-    int channels, positions; /* channels: 1..PAIR * BLOCK */
-    const Run *runs;         /* used where the sink's rows are contiguous */
-    int run_count;
-    const int64_t *lane_to;           /* (TILE): element offset, or NOWHERE; used elsewhere */
-    const bool *is_whole;             /* (TILE / 16): whether 16 lanes are neighbours in one row; likewise */
-    const int32_t (*acc[PAIR])[TILE]; /* of each block */
+    int channels, positions; /* channels: 1..STORED * BLOCK */
+    const Span *spans;       /* used where the sink's rows are contiguous */
+    int span_count;
+    const int64_t *lane_to; /* (TILE): element offset, or NOWHERE; used elsewhere */
+    const bool *is_whole;   /* (TILE / 16): whether 16 lanes are neighbours in one row; likewise */
+    const int32_t (*acc[STORED])[TILE]; /* of each block */
 } StoreArguments;
 
 /* The sums of one of the channels that are stored together. */
@@ -135,8 +136,8 @@ typedef struct {
 } Quantiser;
 
 /* What an instruction set has to offer. */
-typedef struct {
-    int word_operands; /* 4: planes of bytes; 2: planes of int16 */
+struct VectorOps {
+    Format format; /* what the planes and words are made of that its functions read */
     void (*quantise_row)(const float *from, int64_t stride, int64_t count, const Quantiser *quantiser,
                          uint8_t *to, Seen *seen);
     /* count pixels of `channels` neighbours each, to[channel * channel_stride + pixel] */
@@ -152,9 +153,22 @@ typedef struct {
     void (*correct)(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,
                     int32_t *sums);
     void (*store)(const StoreArguments *arguments);
-} VectorOps;
+};
 
-bool engine_run(const VectorOps *ops, const Layer *layer, const Source *source, const Sink *sink,
-                int cpu_threads, bool count, Outcome *outcome);
+/* What vector paths have in common, as a Path has it. */
+Layer *engine_pack(const VectorOps *ops, const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
+                   const int32_t *k_of);
+bool engine_run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
+                Outcome *outcome);
+
+#define VECTOR_PATH(name, is_supported, ops)                                                                 \
+    {name, is_supported, ops, engine_pack, engine_run, program_bytes, program_release}
+
+/* For compilers and processors that a path is not written for. */
+#define PATH_NOT_BUILT(name) VECTOR_PATH(name, path_not_built, NULL)
+
+/* For the loops that every vector path compiles for itself. */
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 #endif

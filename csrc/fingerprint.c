@@ -1,9 +1,10 @@
 #include "fingerprint.h"
 #include "kernels.h"
+#include "tuning.h"
 
 #include <string.h>
 
-enum { VECTORS = 8, PARTS = 16, PART_BYTES = 32 << 10 };
+enum { VECTORS = 8, SECTIONS = 16 };
 
 /* Two words; any compiler makes baseline vector code of it. */
 typedef uint64_t Words __attribute__((vector_size(16)));
@@ -12,7 +13,7 @@ typedef uint64_t Words __attribute__((vector_size(16)));
  * no single change is ever lost; and it has no multiplication, which only later vector instructions offer. */
 #define MIX(state, word) (state ^= (word), state += state << 21, state ^= state >> 27)
 
-static uint64_t fingerprint_part(const unsigned char *data, int64_t bytes) {
+static uint64_t fingerprint_section(const unsigned char *data, int64_t bytes) {
     Words lane[VECTORS], word[VECTORS];
     uint64_t all = (uint64_t)bytes;
     for (uint64_t i = 0; i < VECTORS; i++)
@@ -37,23 +38,24 @@ static uint64_t fingerprint_part(const unsigned char *data, int64_t bytes) {
 
 typedef struct {
     const unsigned char *data;
-    int64_t bytes, part_bytes;
-    uint64_t of_part[PARTS];
-} Parts;
+    int64_t bytes, section_bytes;
+    uint64_t of_section[SECTIONS];
+} Sections;
 
-static void run_part(void *context, int64_t index) {
-    Parts *parts = context;
-    int64_t first = index * parts->part_bytes, left = parts->bytes - first;
-    parts->of_part[index] =
-        fingerprint_part(parts->data + first, left < parts->part_bytes ? left : parts->part_bytes);
+static void run_section(void *context, int64_t index) {
+    Sections *sections = context;
+    int64_t first = index * sections->section_bytes, left = sections->bytes - first;
+    sections->of_section[index] = fingerprint_section(
+        sections->data + first, left < sections->section_bytes ? left : sections->section_bytes);
 }
 
 uint64_t fingerprint(const unsigned char *data, int64_t bytes, int cpu_threads) {
-    if (bytes <= PART_BYTES)
-        return fingerprint_part(data, bytes);
-    Parts parts = {.data = data, .bytes = bytes, .part_bytes = (bytes / PARTS + 64) / 64 * 64};
-    int64_t count = (bytes + parts.part_bytes - 1) / parts.part_bytes;
-    parallel_for(count, cpu_threads, run_part, &parts);
-    return fingerprint_part((const unsigned char *)parts.of_part, count * (int64_t)sizeof(uint64_t)) ^
+    if (bytes <= FINGERPRINT_BYTES)
+        return fingerprint_section(data, bytes);
+    Sections sections = {.data = data, .bytes = bytes, .section_bytes = (bytes / SECTIONS + 64) / 64 * 64};
+    int64_t count = (bytes + sections.section_bytes - 1) / sections.section_bytes;
+    parallel_for(count, cpu_threads, run_section, &sections);
+    return fingerprint_section((const unsigned char *)sections.of_section,
+                               count * (int64_t)sizeof(uint64_t)) ^
            (uint64_t)bytes;
 }

@@ -29,14 +29,14 @@ static void place_taps(Geometry *geometry, const ConvShape *shape) {
     for (int64_t kh = 0; kh < shape->kh; kh++)
         for (int64_t kw = 0; kw < shape->kw; kw++) {
             int64_t y = kh * shape->dilation_h - shape->pad_top, x = kw * shape->dilation_w - shape->pad_left;
-            int64_t dy = floor_div(y, shape->stride_h), dx = floor_div(x, shape->stride_w);
+            int64_t dy = floor_div(y, shape->conv_stride_h), dx = floor_div(x, shape->conv_stride_w);
             bool is_first = kh == 0 && kw == 0;
             geometry->dy_min = is_first ? dy : min64(geometry->dy_min, dy);
             geometry->dy_max = is_first ? dy : max64(geometry->dy_max, dy);
             geometry->dx_min = is_first ? dx : min64(geometry->dx_min, dx);
             geometry->dx_max = is_first ? dx : max64(geometry->dx_max, dx);
-            geometry->taps[kh * shape->kw + kw] =
-                (Tap){find_phase(geometry, y - dy * shape->stride_h, x - dx * shape->stride_w), dy, dx};
+            geometry->taps[kh * shape->kw + kw] = (Tap){
+                find_phase(geometry, y - dy * shape->conv_stride_h, x - dx * shape->conv_stride_w), dy, dx};
         }
 }
 
@@ -48,7 +48,7 @@ static void choose_pitch(Geometry *geometry) {
         Phase *phase = &geometry->phases[i];
         int64_t last = geometry->out_width + geometry->dx_max; /* columns up to here are read */
         int64_t columns = phase->x < geometry->source.width
-                              ? ceil_div(geometry->source.width - phase->x, geometry->stride_w)
+                              ? ceil_div(geometry->source.width - phase->x, geometry->conv_stride_w)
                               : 0;
         phase->width = max64(0, min64(columns, last));
         int64_t border = max64(geometry->guard, last - phase->width);
@@ -75,25 +75,23 @@ static void merge_axes(Geometry *geometry) {
     geometry->out_width = source->width;
 }
 
-enum { CHUNK_POSITIONS = 512, LEAST_POSITIONS = 128 };
-
 static void cut_jobs(Geometry *geometry, const Layer *layer, int cpu_threads) {
     int64_t width = geometry->out_width;
-    geometry->chunks = 1;
-    if (geometry->is_pointwise && !layer->is_im2col && width > CHUNK_POSITIONS) {
-        geometry->chunks = ceil_div(width, CHUNK_POSITIONS);
-        geometry->pitch = ceil_div(ceil_div(width, geometry->chunks), 16) * 16;
-        geometry->chunks = ceil_div(width, geometry->pitch);
+    geometry->pieces = 1;
+    if (geometry->is_pointwise && !layer->is_im2col && width > PIECE_POSITIONS) {
+        geometry->pieces = ceil_div(width, PIECE_POSITIONS);
+        geometry->pitch = ceil_div(ceil_div(width, geometry->pieces), 16) * 16;
+        geometry->pieces = ceil_div(width, geometry->pitch);
     }
-    int64_t batch = geometry->source.batch, per_image = geometry->out_height * geometry->chunks;
+    int64_t batch = geometry->source.batch, per_image = geometry->out_height * geometry->pieces;
     bool stays_in_image = !geometry->is_pointwise || layer->is_im2col;
     int64_t positions = wanted_positions(layer);
     int64_t available = stays_in_image ? per_image : per_image * batch;
     int64_t rows = max64(1, min64(available, positions / geometry->pitch));
     /* Enough jobs for every thread, as long as they do not become tiny. */
     int64_t others = stays_in_image ? batch * layer->shape.groups : layer->shape.groups;
-    int64_t wanted = cpu_threads > 1 ? ceil_div(4 * (int64_t)cpu_threads, others) : 1;
-    int64_t least = max64(1, ceil_div(LEAST_POSITIONS, geometry->pitch));
+    int64_t wanted = cpu_threads > 1 ? ceil_div(JOBS_PER_THREAD * (int64_t)cpu_threads, others) : 1;
+    int64_t least = max64(1, ceil_div(LEAST_SHARE_POSITIONS, geometry->pitch));
     rows = max64(min64(rows, least), min64(rows, ceil_div(available, wanted)));
     rows = ceil_div(available, ceil_div(available, rows)); /* evenly */
     geometry->rows = batch * per_image;
@@ -109,8 +107,8 @@ bool geometry_make(Geometry *geometry, const Layer *layer, const Source *source,
                            .sink = *sink,
                            .out_height = output_height(shape, source),
                            .out_width = output_width(shape, source),
-                           .stride_h = shape->stride_h,
-                           .stride_w = shape->stride_w};
+                           .conv_stride_h = shape->conv_stride_h,
+                           .conv_stride_w = shape->conv_stride_w};
     bool is_padded = shape->pad_top || shape->pad_bottom || shape->pad_left || shape->pad_right;
     geometry->is_pointwise = layer->is_im2col || (layer->taps == 1 && !is_padded);
     geometry->taps = calloc((size_t)layer->taps, sizeof *geometry->taps);
@@ -123,7 +121,7 @@ bool geometry_make(Geometry *geometry, const Layer *layer, const Source *source,
         geometry->phases[geometry->phase_count++] = (Phase){.width = geometry->out_width};
         geometry->pitch = geometry->out_width;
     } else {
-        if (geometry->is_pointwise && shape->stride_h == 1 && shape->stride_w == 1)
+        if (geometry->is_pointwise && shape->conv_stride_h == 1 && shape->conv_stride_w == 1)
             merge_axes(geometry);
         place_taps(geometry, shape);
         choose_pitch(geometry);
@@ -131,8 +129,7 @@ bool geometry_make(Geometry *geometry, const Layer *layer, const Source *source,
     cut_jobs(geometry, layer, cpu_threads);
     geometry->stage_rows = geometry->rows_per_job + geometry->dy_max - geometry->dy_min;
     int64_t positions = geometry->guard + geometry->stage_rows * geometry->pitch;
-    /* Not a power of two apart: streams would compete for the same cache lines. */
-    geometry->stride = ceil_div(positions, 64) * 64 + 16;
+    geometry->track_stride = ceil_div(positions, 64) * 64 + TRACK_SKEW;
     return true;
 }
 
@@ -142,18 +139,18 @@ void geometry_release(Geometry *geometry) {
 }
 
 Row geometry_row(const Geometry *geometry, int64_t row) {
-    int64_t chunk = row % geometry->chunks, y = row / geometry->chunks, x = chunk * geometry->pitch;
+    int64_t piece = row % geometry->pieces, y = row / geometry->pieces, x = piece * geometry->pitch;
     int64_t left = geometry->out_width - x;
     return (Row){.image = y / geometry->out_height,
                  .y = y % geometry->out_height,
                  .x = x,
-                 .length = geometry->chunks > 1 ? min64(left, geometry->pitch) : left};
+                 .length = geometry->pieces > 1 ? min64(left, geometry->pitch) : left};
 }
 
 void geometry_job(const Geometry *geometry, int64_t job, int64_t *first, int64_t *count) {
     int64_t end;
     if (geometry->jobs_per_image) {
-        int64_t per_image = geometry->out_height * geometry->chunks;
+        int64_t per_image = geometry->out_height * geometry->pieces;
         int64_t image = job / geometry->jobs_per_image, part = job % geometry->jobs_per_image;
         *first = image * per_image + part * geometry->rows_per_job;
         end = min64(*first + geometry->rows_per_job, (image + 1) * per_image);

@@ -27,7 +27,7 @@ typedef struct {
 /* One convolution; n and c are output and input channels of one group. */
 typedef struct {
     int64_t groups, n, c, kh, kw;
-    int64_t stride_h, stride_w;
+    int64_t conv_stride_h, conv_stride_w;
     int64_t pad_top, pad_bottom, pad_left, pad_right;
     int64_t dilation_h, dilation_w;
 } ConvShape;
@@ -62,17 +62,22 @@ typedef struct {
     bool saw_nonfinite, saw_negative;
     bool is_timed;              /* set by the caller: fill in what follows */
     int64_t nanoseconds[TIMES]; /* CPU time of whole jobs; zeros on the scalar path */
+    const char *ran_on;         /* set by the code that multiplies: which path it is of; NULL if none did */
 } Outcome;
 
-typedef struct Layer Layer; /* a layer's packed weights; every path has its own */
+typedef struct Layer Layer; /* a layer's packed weights; the scalar path has its own */
+
+typedef struct VectorOps VectorOps; /* what a vector path brings: engine.h */
 
 /* One instruction set's way to run a layer. All functions return NULL or false when memory runs out. */
 typedef struct {
     const char *name;
     bool (*is_supported)(void);
+    const VectorOps *ops; /* for pack; NULL on the scalar path, and where the compiler cannot build it */
     /* weights: (groups * n, c, kh, kw) C-order. k_of: (groups, T * ceil(K / T)): which k stands at a
      * position of the reordered, padded K axis, -1 for padding. Both are copied. */
-    Layer *(*pack)(const ConvShape *shape, const SlotRule *rule, const int8_t *weights, const int32_t *k_of);
+    Layer *(*pack)(const VectorOps *ops, const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
+                   const int32_t *k_of);
     /* Run the layer; outcome is added to, `count` says whether its counters are. */
     bool (*run)(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
                 Outcome *outcome);
@@ -87,6 +92,7 @@ extern const Path path_avx512vnni;
 /* The paths that this CPU, operating system and build offer, best first; returns how many. */
 enum { MAX_PATHS = 3 };
 int list_paths(const Path *paths[MAX_PATHS]);
+bool path_not_built(void); /* false */
 
 /* Run task(context, i) for i = 0..tasks-1 on up to cpu_threads threads; returns when all are done. */
 void parallel_for(int64_t tasks, int cpu_threads, void (*task)(void *context, int64_t index), void *context);
@@ -97,12 +103,12 @@ static inline int64_t output_size(int64_t in, int64_t pad, int64_t kernel, int64
 }
 
 static inline int64_t output_height(const ConvShape *shape, const Source *source) {
-    return output_size(source->height, shape->pad_top + shape->pad_bottom, shape->kh, shape->stride_h,
+    return output_size(source->height, shape->pad_top + shape->pad_bottom, shape->kh, shape->conv_stride_h,
                        shape->dilation_h);
 }
 
 static inline int64_t output_width(const ConvShape *shape, const Source *source) {
-    return output_size(source->width, shape->pad_left + shape->pad_right, shape->kw, shape->stride_w,
+    return output_size(source->width, shape->pad_left + shape->pad_right, shape->kw, shape->conv_stride_w,
                        shape->dilation_w);
 }
 

@@ -21,8 +21,7 @@
 
 enum { LANES = 8, WORDS = 2 };
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#define PATH_NAME "avx2"
 
 /* ---- quantising ---- */
 
@@ -231,19 +230,19 @@ INLINE __m128i look_up_flags(const uint32_t flags_of[PATTERNS], __m256i patterns
     return _mm_packus_epi32(_mm256_castsi256_si128(flags), _mm256_extracti128_si256(flags, 1));
 }
 
-static void pack(const PackArguments *pack) {
+static void pack_quad(const PackArguments *pack) {
     const SlotRule *rule = pack->rule;
     for (int64_t at = 0; at < pack->positions; at += 32) {
         __m256i quads[4];
         interleave(pack, at, quads);
-        for (int part = 0; part < 4; part++) {
-            int64_t here = at + part * LANES;
-            __m256i patterns = nonzero_pattern(quads[part]);
+        for (int quarter = 0; quarter < 4; quarter++) {
+            int64_t here = at + quarter * LANES;
+            __m256i patterns = nonzero_pattern(quads[quarter]);
             for (int word = 0; pack->flags && word < WORDS; word++)
                 _mm_storeu_si128((__m128i *)(pack->flags + word * pack->word_stride + here),
                                  look_up_flags(pack->flags_of, patterns));
             for (int word = 0; word < WORDS; word++) {
-                __m256i exact = widen(quads[part], word, rule->is_signed);
+                __m256i exact = widen(quads[quarter], word, rule->is_signed);
                 __m256i reduced = reduce_words(exact, rule), is_wide = wide_mask(exact, rule->is_signed);
                 uint32_t *to = pack->out + word * pack->word_stride + here;
                 for (int p = 0; p < pack->plane_count; p++)
@@ -282,179 +281,77 @@ INLINE void classify(const uint8_t *bytes, int64_t count, bool is_signed, uint64
 
 /* ---- multiplying ---- */
 
-INLINE __m256i load_word(const uint32_t *word) {
-    return _mm256_set1_epi32((int)*word);
-}
+typedef __m256i Vector;
+typedef __m256i Flags;  /* 8 of 32 bits, whose signs are the flag of three of four weights */
+typedef __m256i Choice; /* the sign of each lane */
 
-INLINE __m256i load_acc(const int32_t *acc) {
-    return _mm256_load_si256((const __m256i *)acc);
-}
+enum { DENSE_CHANNELS = TEAM, DENSE_VECTORS = 2, TEAM_VECTORS = 2, ENTRY_CHAINS = 1 };
 
-INLINE __m256i load_plane(const uint32_t *plane) {
+INLINE Vector no_sums(void) {
+    return _mm256_setzero_si256();
+}
+INLINE Vector load_sums(const int32_t *sums) {
+    return _mm256_load_si256((const __m256i *)sums);
+}
+INLINE void store_sums(int32_t *to, Vector sums) {
+    _mm256_store_si256((__m256i *)to, sums);
+}
+INLINE Vector add_sums(Vector a, Vector b) {
+    return _mm256_add_epi32(a, b);
+}
+INLINE Vector load_plane(const uint32_t *plane) {
     return _mm256_loadu_si256((const __m256i *)plane);
 }
-
-/* Lanes of the second whose selector's sign is set, else of the first. */
-INLINE __m256i blend_by_sign(__m256i first, __m256i second, __m256i selector) {
-    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second),
-                                                _mm256_castsi256_ps(selector)));
+INLINE Vector broadcast(const uint32_t *word) {
+    return _mm256_set1_epi32((int)*word);
+}
+INLINE Vector multiply_add(Vector sums, Vector a, Vector w) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, w));
+}
+INLINE Vector select_bytes(Vector mask, Vector yes, Vector no) {
+    return _mm256_blendv_epi8(no, yes, mask);
+}
+INLINE Flags load_flags(const uint16_t *flags) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)flags));
+}
+INLINE Flags broadcast_flag(const uint32_t *word) { /* the shift that makes it the sign */
+    return _mm256_set1_epi32((int)*word);
+}
+INLINE Choice is_raised(Flags flags, Flags flag) {
+    return _mm256_sllv_epi32(flags, flag);
+}
+INLINE Choice three_of_four(Flags flags) {
+    return flags;
+}
+INLINE Vector choose(Choice choice, Vector no, Vector yes) {
+    return _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_castsi256_ps(no), _mm256_castsi256_ps(yes), _mm256_castsi256_ps(choice)));
+}
+INLINE Vector choose_masked(Choice choice, Vector no, Vector yes, Vector mask) {
+    return choose(choice, no, select_bytes(mask, yes, no));
 }
 
-/* A dense stream: the accumulators of as many channels as share contests stay in registers over all steps. */
-INLINE void gemm_s16s16s32(const MultiplyArguments *multiply, const Stream *stream, int first, int64_t at,
-                           const int vectors, const Form form, const bool spares) {
-    const Layer *layer = multiply->layer;
-    const int words = form_words(form, spares), side = form_channels(form);
-    const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
-    const bool contests = form == FORM_FULL || form == FORM_MIXED;
-    const uint32_t *planes = multiply->planes + at;
-    const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
-    const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
-    const uint16_t *flags = contests ? multiply->flags + at : NULL;
-    const uint32_t *word = stream->words + (contests ? 0 : first);
-    __m256i acc[CONTEST][2];
-    UNROLL for (int c = 0; c < CONTEST; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
-        load_acc(&multiply->acc[first + c][at + v * LANES]);
-    const uint32_t *offsets = multiply->step_offset + stream->order[0]; /* without contests, in order */
-    uint32_t coming[AHEAD + 1];
-    UNROLL for (int i = 0; i < AHEAD; i++) coming[i + 1] = multiply->step_offset[stream->order[i]];
-    for (int64_t i = 0; i < stream->steps; i++, word += words * side) {
-        UNROLL for (int j = 0; j < AHEAD; j++) coming[j] = coming[j + 1];
-        int64_t offset = contests ? coming[0] : offsets[i];
-        if (contests) {
-            int64_t ahead = coming[AHEAD] = multiply->step_offset[stream->order[i + AHEAD]];
-            _mm_prefetch((const char *)(plane0 + ahead), _MM_HINT_T0);
-            if (selects || form == FORM_MIXED)
-                _mm_prefetch((const char *)(plane1 + ahead), _MM_HINT_T0);
-            _mm_prefetch((const char *)(flags + ahead), _MM_HINT_T0);
-        }
-        __m256i a0[2], a1[2], raised[2], crowded[2];
-        UNROLL for (int v = 0; v < vectors; v++) {
-            a0[v] = load_plane(plane0 + offset + v * LANES);
-            if (selects || form == FORM_MIXED)
-                a1[v] = load_plane(plane1 + offset + v * LANES);
-            if (contests) /* the sign is the flag of three of four weights */
-                raised[v] = crowded[v] =
-                    _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(flags + offset + v * LANES)));
-        }
-        UNROLL for (int c = 0; c < CONTEST; c++) {
-            __m256i w = load_word(word + c), w4 = w, mask = w, two = w, three = w;
-            if (contests)
-                w4 = load_word(word + side + c);
-            if (form == FORM_MIXED) {
-                two = load_word(word + 2 * side + c);
-                three = load_word(word + 3 * side + c);
-            }
-            if (selects || spares)
-                mask = load_word(word + (words - 1) * side + c);
-            UNROLL for (int v = 0; v < vectors; v++) {
-                __m256i a = selects ? _mm256_blendv_epi8(a0[v], a1[v], mask) : a0[v];
-                if (form == FORM_MIXED) {
-                    crowded[v] = _mm256_sllv_epi32(raised[v], three);
-                    __m256i met = spares ? _mm256_blendv_epi8(a, a1[v], mask) : a1[v];
-                    a = blend_by_sign(a, met, _mm256_sllv_epi32(raised[v], two));
-                    a = spares ? blend_by_sign(a, a1[v], crowded[v]) : a;
-                }
-                __m256i b = contests ? blend_by_sign(w, w4, crowded[v]) : w;
-                acc[c][v] = _mm256_add_epi32(acc[c][v], _mm256_madd_epi16(a, b));
-            }
-        }
-    }
-    UNROLL for (int c = 0; c < CONTEST; c++) UNROLL for (int v = 0; v < vectors; v++)
-        _mm256_store_si256((__m256i *)&multiply->acc[first + c][at + v * LANES], acc[c][v]);
+/* Contests skip steps, so that the hardware does not foresee what the next will read. Two vectors are a cache
+ * line. */
+INLINE void prefetch_contests(const uint32_t *plane0, const uint32_t *plane1, const uint16_t *flags,
+                              const int vectors) {
+    (void)vectors;
+    _mm_prefetch((const char *)plane0, _MM_HINT_T0);
+    if (plane1)
+        _mm_prefetch((const char *)plane1, _MM_HINT_T0);
+    _mm_prefetch((const char *)flags, _MM_HINT_T0);
+}
+INLINE void prefetch_words(const uint32_t *words, const int count) {
+    (void)words, (void)count;
 }
 
-INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, int first, const Form form,
-                           const bool spares) {
-    int at = 0;
-    for (; at + LANES < multiply->positions; at += 2 * LANES)
-        gemm_s16s16s32(multiply, strip, first, at, 2, form, spares);
-    if (at < multiply->positions)
-        gemm_s16s16s32(multiply, strip, first, at, 1, form, spares);
-}
-
-/* Strip by strip, so that words stay in the first-level cache from one group of positions to the next. */
-INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, int first,
-                            const Form form, const bool spares) {
-    const int words = form_words(form, spares) * form_channels(form);
-    for (int64_t step = 0; step < stream->steps; step += STRIP_WORDS / words) {
-        int64_t left = stream->steps - step;
-        Stream strip = {stream->order + step, left < STRIP_WORDS / words ? left : STRIP_WORDS / words,
-                        stream->words + step * words};
-        multiply_strip(multiply, &strip, first, form, spares);
-    }
-}
-
-/* The entries of one channel. */
-INLINE void spmv_s16s16s32(const MultiplyArguments *multiply, int channel, int at, const int vectors) {
-    const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
-    const Entry *entry = multiply->layer->entries + first[0], *end = multiply->layer->entries + first[1];
-    const uint32_t *planes = multiply->planes + at;
-    __m256i acc[8];
-    UNROLL for (int v = 0; v < vectors; v++) acc[v] = load_acc(&multiply->acc[channel][at + v * LANES]);
-    for (; entry < end; entry++) {
-        const uint32_t *a = planes + (entry->where >> STEP_BITS) * multiply->plane_stride +
-                            multiply->step_offset[entry->where & ((1u << STEP_BITS) - 1)];
-        __m256i w = load_word(&entry->word);
-        UNROLL for (int v = 0; v < vectors; v++) acc[v] =
-            _mm256_add_epi32(acc[v], _mm256_madd_epi16(load_plane(a + v * LANES), w));
-    }
-    UNROLL for (int v = 0; v < vectors; v++)
-        _mm256_store_si256((__m256i *)&multiply->acc[channel][at + v * LANES], acc[v]);
-}
-
-static void multiply_entries(const MultiplyArguments *multiply, int channel) {
-    const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
-    if (first[0] == first[1])
-        return;
-    int vectors = (multiply->positions + LANES - 1) / LANES, at = 0;
-    for (; vectors >= 8; vectors -= 8, at += 8 * LANES)
-        spmv_s16s16s32(multiply, channel, at, 8);
-    for (; vectors >= 4; vectors -= 4, at += 4 * LANES)
-        spmv_s16s16s32(multiply, channel, at, 4);
-    for (; vectors > 0; vectors--, at += LANES)
-        spmv_s16s16s32(multiply, channel, at, 1);
-}
-
-/* A part of the block: half of its channels. */
-static void multiply_part(const MultiplyArguments *multiply, int part) {
-    const Stream *all = multiply->streams[0], *own = multiply->streams[part];
-    const bool spares = multiply->layer->rule.needs_both;
-    int first = part * CONTEST;
-    switch (multiply->layer->form) {
-    case FORM_PLAIN:
-        multiply_stream(multiply, all, first, FORM_PLAIN, false);
-        break;
-    case FORM_SELECT:
-        multiply_stream(multiply, all, first, FORM_SELECT, false);
-        break;
-    case FORM_FULL:
-    case FORM_MIXED:
-        if (spares) {
-            multiply_stream(multiply, &own[FULL], first, FORM_FULL, true);
-            multiply_stream(multiply, &own[MIXED], first, FORM_MIXED, true);
-        } else {
-            multiply_stream(multiply, &own[FULL], first, FORM_FULL, false);
-            multiply_stream(multiply, &own[MIXED], first, FORM_MIXED, false);
-        }
-        break;
-    case FORM_NONE:
-        break;
-    }
-}
-
-static void multiply(const MultiplyArguments *multiply) {
-    for (int part = 0; part < PARTS; part++)
-        multiply_part(multiply, part);
-    for (int c = 0; c < multiply->channels; c++)
-        multiply_entries(multiply, c);
-}
+#include "multiply.h"
 
 /* ---- storing ---- */
 
 /* 8 sums of one channel, dequantised (or as they are): the bits that go to memory. */
 INLINE __m256i finish(const Sink *sink, int64_t channel, const int32_t *acc) {
-    __m256i sums = load_acc(acc);
+    __m256i sums = load_sums(acc);
     if (!sink->is_float)
         return sums;
     __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(sink->scale[channel]));
@@ -467,21 +364,21 @@ INLINE __m256i finish(const Sink *sink, int64_t channel, const int32_t *acc) {
     return _mm256_castps_si256(y);
 }
 
-static void store_runs(const StoreArguments *store) {
+static void store_spans(const StoreArguments *store) {
     for (int c = 0; c < store->channels; c++) {
         int64_t channel = store->first_channel + c;
         int32_t *to = (int32_t *)store->sink->data + channel * store->sink->stride_n;
-        for (int i = 0; i < store->run_count; i++) {
-            const Run *run = &store->runs[i];
-            const int32_t *acc = stored_sums(store, c) + run->first;
+        for (int i = 0; i < store->span_count; i++) {
+            const Span *span = &store->spans[i];
+            const int32_t *acc = stored_sums(store, c) + span->first;
             int32_t values[2 * LANES];
-            int32_t *out = run->lanes == 0xFFFF ? to + run->to : values;
+            int32_t *out = span->lanes == 0xFFFF ? to + span->to : values;
             _mm256_storeu_si256((__m256i *)out, finish(store->sink, channel, acc));
             _mm256_storeu_si256((__m256i *)(out + LANES), finish(store->sink, channel, acc + LANES));
             if (out != values)
                 continue;
-            int64_t at = run->to;
-            for (unsigned lanes = run->lanes; lanes; lanes &= lanes - 1)
+            int64_t at = span->to;
+            for (unsigned lanes = span->lanes; lanes; lanes &= lanes - 1)
                 to[at++] = values[__builtin_ctz(lanes)];
         }
     }
@@ -506,56 +403,29 @@ INLINE void transpose_words(__m256i words[8]) {
     }
 }
 
-/* A position at a time; both halves of a cache line follow each other. */
-static void store_lanes(const StoreArguments *store) {
-    int32_t *data = (int32_t *)store->sink->data + store->first_channel * store->sink->stride_n;
-    for (int at = 0; at < store->positions; at += LANES) {
-        __m256i words[PAIR][BLOCK];
-        for (int half = 0; half < PAIR; half++) {
-            for (int c = 0; c < BLOCK; c++) {
-                int channel = half * BLOCK + c;
-                words[half][c] = channel < store->channels
-                                     ? finish(store->sink, store->first_channel + channel,
-                                              stored_sums(store, channel) + at)
-                                     : _mm256_setzero_si256();
-            }
-            transpose_words(words[half]);
-        }
-        for (int lane = 0; lane < LANES; lane++) {
-            if (store->lane_to[at + lane] == NOWHERE)
-                continue;
-            int32_t *to = data + store->lane_to[at + lane];
-            if (store->channels == PAIR * BLOCK && store->sink->stride_n == 1) {
-                _mm256_storeu_si256((__m256i *)to, words[0][lane]);
-                _mm256_storeu_si256((__m256i *)(to + BLOCK), words[1][lane]);
-                continue;
-            }
-            int32_t values[PAIR * BLOCK];
-            _mm256_storeu_si256((__m256i *)values, words[0][lane]);
-            _mm256_storeu_si256((__m256i *)(values + BLOCK), words[1][lane]);
-            for (int c = 0; c < store->channels; c++)
-                to[c * store->sink->stride_n] = values[c];
-        }
-    }
+INLINE void store_channels(int32_t *to, const Vector words[16], int lane, int channels) {
+    int32_t values[2 * LANES];
+    int32_t *out = channels == 16 ? to : values;
+    _mm256_storeu_si256((__m256i *)out, words[lane]);
+    _mm256_storeu_si256((__m256i *)(out + LANES), words[LANES + lane]);
+    if (out == values)
+        memcpy(to, values, (size_t)channels * sizeof *to);
 }
 
-static void store(const StoreArguments *store) {
-    if (store->sink->stride_w == 1)
-        store_runs(store);
-    else
-        store_lanes(store);
-}
+#include "store.h"
 
-static const VectorOps OPS = {.word_operands = 2,
-                              .quantise_row = quantise_row,
-                              .quantise_pixels = quantise_pixels,
-                              .transpose_pixels = transpose_pixels,
-                              .pack = pack,
-                              .count = count,
-                              .fold = fold,
-                              .multiply = multiply,
-                              .correct = NULL, /* no activation needs more than 16 bits */
-                              .store = store};
+static const VectorOps OPS = {
+    .format = {.word_operands = 2, .has_ninth_bit = true, .activations = ANY_SIGN, .flags = FLAG_AS_SHIFT},
+    .quantise_row = quantise_row,
+    .quantise_pixels = quantise_pixels,
+    .transpose_pixels = transpose_pixels,
+    .pack = pack_quad,
+    .count = count_activations,
+    .fold = fold_counts,
+    .multiply = multiply_block,
+    .correct = NULL, /* an operand has a ninth bit */
+    .store = store_tile,
+};
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -569,32 +439,10 @@ static bool is_supported(void) {
            __builtin_cpu_supports("popcnt");
 }
 
-static bool run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
-                Outcome *outcome) {
-    return engine_run(&OPS, layer, source, sink, cpu_threads, count, outcome);
-}
-
-static Layer *pack_layer(const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
-                         const int32_t *k_of) {
-    return program_pack(shape, rule, weights, k_of, OPS.word_operands);
-}
+const Path path_avx2 = VECTOR_PATH(PATH_NAME, is_supported, &OPS);
 
 #else
 
-static bool is_supported(void) {
-    return false;
-}
-static Layer *pack_layer(const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
-                         const int32_t *k_of) {
-    (void)shape, (void)rule, (void)weights, (void)k_of;
-    return NULL;
-}
-static bool run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
-                Outcome *outcome) {
-    (void)layer, (void)source, (void)sink, (void)cpu_threads, (void)count, (void)outcome;
-    return false;
-}
+const Path path_avx2 = PATH_NOT_BUILT("avx2");
 
 #endif
-
-const Path path_avx2 = {"avx2", is_supported, pack_layer, run, program_bytes, program_release};

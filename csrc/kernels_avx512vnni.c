@@ -3,9 +3,10 @@
  * A lane holds one quad of one position; the weights of that quad are one word, broadcast to all lanes.
  */
 #include "engine.h"
-#include "transpose.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 9)
+
+#include "transpose.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                \
@@ -20,8 +21,7 @@
 
 enum { LANES = 16 };
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#define PATH_NAME "avx512vnni"
 
 INLINE __mmask16 first_lanes(int64_t count) {
     return count >= 16 ? 0xFFFF : (__mmask16)((1u << count) - 1);
@@ -151,8 +151,8 @@ INLINE void quantise_squares(const float *from, int64_t pixel_stride, int64_t co
                              const Quantiser *quantiser, uint8_t *to, int64_t channel_stride, Seen *seen,
                              const bool is_signed) {
     Rounder rounder = make_rounder(quantiser);
-    /* Large activations come from memory; the processor's own prefetching stops at every page. */
-    int64_t ahead = channels < 64 ? 3072 / channels : 48; /* pixels: 12 KB or more */
+    int64_t ahead =
+        channels < QUANTISE_AHEAD / QUANTISE_AHEAD_PIXELS ? QUANTISE_AHEAD / channels : QUANTISE_AHEAD_PIXELS;
     for (int64_t i = 0; i < count; i += 16)
         for (int64_t c = 0; c < channels; c += 16) {
             const float *square = from + i * pixel_stride + c;
@@ -268,21 +268,21 @@ INLINE __m512i chosen(const PlaneMasks *plane, Code code, __m512i patterns, __m5
                             _mm512_permutexvar_epi32(patterns, _mm512_loadu_si512(plane->masks[code])));
 }
 
-static void pack(const PackArguments *pack) {
+static void pack_quad(const PackArguments *pack) {
     const SlotRule *rule = pack->rule;
-    const __m512i bias = _mm512_set1_epi8((char)(rule->is_signed && !pack->is_excess ? 0x80 : 0));
+    const __m512i flip = _mm512_set1_epi8((char)pack->flip);
     bool reduces = false, uses_width = false;
     for (int p = 0; p < pack->plane_count; p++) {
         reduces |= pack->planes[p].uses[REDUCED];
         uses_width |= pack->planes[p].uses[NARROW] || pack->planes[p].uses[WIDE];
     }
-    for (int64_t at = 0; at < pack->positions; at += STREAM) {
+    for (int64_t at = 0; at < pack->positions; at += GRAIN) {
         __m512i quads[4];
         interleave(pack, at, quads);
-        for (int part = 0; part < 4; part++) {
-            __m512i exact = quads[part], patterns = nonzero_pattern(exact), reduced = exact;
+        for (int quarter = 0; quarter < 4; quarter++) {
+            __m512i exact = quads[quarter], patterns = nonzero_pattern(exact), reduced = exact;
             __m512i narrow = exact, wide = exact;
-            int64_t here = at + part * LANES;
+            int64_t here = at + quarter * LANES;
             if (reduces)
                 reduced = reduce_bytes(exact, rule);
             if (uses_width) {
@@ -314,7 +314,7 @@ static void pack(const PackArguments *pack) {
                     if (plane->uses[WIDE])
                         value = _mm512_or_si512(value, chosen(plane, WIDE, patterns, wide));
                 }
-                _mm512_storeu_si512(pack->out + p * pack->plane_stride + here, _mm512_xor_si512(value, bias));
+                _mm512_storeu_si512(pack->out + p * pack->plane_stride + here, _mm512_xor_si512(value, flip));
             }
         }
     }
@@ -336,111 +336,81 @@ INLINE void classify(const uint8_t *bytes, int64_t count, bool is_signed, uint64
 
 /* ---- multiplying ---- */
 
+typedef __m512i Vector;
+typedef __m256i Flags; /* 16 of 16 bits */
+typedef __mmask16 Choice;
+
+enum {
+    DENSE_CHANNELS = BLOCK,
+    DENSE_VECTORS = 2,
+    TEAM_VECTORS = 4,
+    ENTRY_CHAINS = 2,
+    SELECT = 0xCA, /* for ternary logic: A ? B : C */
+};
+#define FEW 4 /* positions that are multiplied together where lanes are channels */
+
 /* Keep the compiler from folding a broadcast into a masked load, which costs a register move and a merge. */
-INLINE __m512i in_register(__m512i value) {
+INLINE Vector in_register(Vector value) {
     __asm__("" : "+v"(value));
     return value;
 }
 
-enum {
-    SELECT = 0xCA, /* for ternary logic: A ? B : C */
-    FEW = 4,       /* positions that are multiplied together where lanes are channels */
-};
-
-/* Which of 16 positions raise a flag, given in both halves of every word. */
-INLINE __mmask16 flagged(__m256i flags, __m256i flag) {
+INLINE Vector no_sums(void) {
+    return _mm512_setzero_si512();
+}
+INLINE Vector load_sums(const int32_t *sums) {
+    return _mm512_load_si512(sums);
+}
+INLINE void store_sums(int32_t *to, Vector sums) {
+    _mm512_store_si512(to, sums);
+}
+INLINE Vector add_sums(Vector a, Vector b) {
+    return _mm512_add_epi32(a, b);
+}
+INLINE Vector load_plane(const uint32_t *plane) {
+    return _mm512_loadu_si512(plane);
+}
+INLINE Vector broadcast(const uint32_t *word) {
+    return in_register(_mm512_set1_epi32((int)*word));
+}
+INLINE Vector multiply_add(Vector sums, Vector a, Vector w) {
+    return _mm512_dpbusd_epi32(sums, a, w);
+}
+INLINE Vector select_bytes(Vector mask, Vector yes, Vector no) {
+    return _mm512_ternarylogic_epi32(mask, yes, no, SELECT);
+}
+INLINE Flags load_flags(const uint16_t *flags) {
+    return _mm256_loadu_si256((const __m256i *)flags);
+}
+INLINE Flags broadcast_flag(const uint32_t *word) { /* in both of its halves */
+    return _mm256_set1_epi32((int)*word);
+}
+INLINE Choice is_raised(Flags flags, Flags flag) {
     return _mm256_test_epi16_mask(flags, flag);
 }
-
-/* Ask for what a step ahead will read: contests skip steps, so that the hardware does not foresee it. And,
- * for the first positions only, for words of the next strip. */
-INLINE void prefetch_contests(const MultiplyArguments *multiply, int64_t offset, const uint32_t *word,
-                              int64_t at, const int vectors, const Form form, const bool spares) {
-    const int words = form_words(form, spares);
-    const bool has_two = spares || form == FORM_MIXED;
-    const uint32_t *planes = multiply->planes + offset + at;
-    UNROLL for (int v = 0; v < vectors; v++) {
-        _mm_prefetch(planes + dense_plane(multiply->layer, form, 0) * multiply->plane_stride + v * LANES,
-                     _MM_HINT_T0);
-        if (has_two)
-            _mm_prefetch(planes + dense_plane(multiply->layer, form, 1) * multiply->plane_stride + v * LANES,
-                         _MM_HINT_T0);
-    }
-    _mm_prefetch(multiply->flags + offset + at, _MM_HINT_T0);
-    if (at == 0)
-        UNROLL for (int line = 0; line < (words * CONTEST + 15) / 16; line++)
-            _mm_prefetch(word + STRIP_WORDS + 16 * line, _MM_HINT_T1);
+INLINE Choice three_of_four(Flags flags) {
+    return is_raised(flags, _mm256_set1_epi16((int16_t)THREE_FLAG[15]));
+}
+INLINE Vector choose(Choice choice, Vector no, Vector yes) {
+    return _mm512_mask_blend_epi32(choice, no, yes);
+}
+INLINE Vector choose_masked(Choice choice, Vector no, Vector yes, Vector mask) {
+    enum { SELECT_BY_LAST = 0xD8 }; /* C ? B : A */
+    return _mm512_mask_ternarylogic_epi32(no, choice, yes, mask, SELECT_BY_LAST);
 }
 
-/* A dense stream: the accumulators of its channels, of `vectors` each, stay in registers over all steps. */
-INLINE void gemm_u8s8s32(const MultiplyArguments *multiply, const Stream *stream, int first, int64_t at,
-                         const int vectors, const Form form, const bool spares) {
-    const Layer *layer = multiply->layer;
-    const int words = form_words(form, spares), side = form_channels(form);
-    const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
-    const bool contests = form == FORM_FULL || form == FORM_MIXED;
-    const uint32_t *planes = multiply->planes + at;
-    const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
-    const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
-    const uint16_t *flags = contests ? multiply->flags + at : NULL;
-    const __m256i three_of_four = _mm256_set1_epi16((int16_t)THREE_FLAG[15]);
-    const uint32_t *word = stream->words;
-    const uint32_t *offsets = multiply->step_offset + stream->order[0]; /* without contests, in order */
-    uint32_t coming[AHEAD + 1];
-    UNROLL for (int i = 0; i < AHEAD; i++) coming[i + 1] = multiply->step_offset[stream->order[i]];
-    __m512i acc[BLOCK][4];
-    UNROLL for (int c = 0; c < side; c++) UNROLL for (int v = 0; v < vectors; v++) acc[c][v] =
-        _mm512_load_si512(&multiply->acc[first + c][at + v * LANES]);
-    for (int64_t i = 0; i < stream->steps; i++, word += words * side) {
-        UNROLL for (int j = 0; j < AHEAD; j++) coming[j] = coming[j + 1];
-        int64_t offset = contests ? coming[0] : offsets[i];
-        if (contests) {
-            coming[AHEAD] = multiply->step_offset[stream->order[i + AHEAD]];
-            prefetch_contests(multiply, coming[AHEAD], word, at, vectors, form, spares);
-        }
-        __m512i a0[4], a1[4];
-        __m256i raised[4];
-        __mmask16 crowded[4] = {0, 0, 0, 0};
-        UNROLL for (int v = 0; v < vectors; v++) {
-            a0[v] = _mm512_loadu_si512(plane0 + offset + v * LANES);
-            if (selects || form == FORM_MIXED)
-                a1[v] = _mm512_loadu_si512(plane1 + offset + v * LANES);
-            if (contests)
-                raised[v] = _mm256_loadu_si256((const __m256i *)(flags + offset + v * LANES));
-            if (form == FORM_FULL)
-                crowded[v] = flagged(raised[v], three_of_four);
-        }
-        UNROLL for (int c = 0; c < side; c++) {
-            __m512i w = in_register(_mm512_set1_epi32((int)word[c])), w4 = w, mask = w;
-            __m256i two, three;
-            if (contests)
-                w4 = in_register(_mm512_set1_epi32((int)word[side + c]));
-            if (form == FORM_MIXED) {
-                two = _mm256_set1_epi32((int)word[2 * side + c]);
-                three = _mm256_set1_epi32((int)word[3 * side + c]);
-                mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * side + c]));
-            }
-            UNROLL for (int v = 0; v < vectors; v++) {
-                __m512i a = a0[v];
-                if (selects) { /* loaded for every v: the mask's register becomes the result's */
-                    mask = in_register(_mm512_set1_epi32((int)word[(words - 1) * side + c]));
-                    a = _mm512_ternarylogic_epi32(mask, a1[v], a0[v], SELECT);
-                }
-                if (form == FORM_MIXED) {
-                    enum { SELECT_BY_LAST = 0xD8 }; /* C ? B : A */
-                    __mmask16 reduces = flagged(raised[v], two);
-                    crowded[v] = flagged(raised[v], three);
-                    a = spares ? _mm512_mask_ternarylogic_epi32(a, reduces, a1[v], mask, SELECT_BY_LAST)
-                               : _mm512_mask_mov_epi32(a, reduces, a1[v]);
-                    a = spares ? _mm512_mask_mov_epi32(a, crowded[v], a1[v]) : a;
-                }
-                __m512i b = contests ? _mm512_mask_blend_epi32(crowded[v], w, w4) : w;
-                acc[c][v] = _mm512_dpbusd_epi32(acc[c][v], a, b);
-            }
-        }
+/* Contests skip steps, so that the hardware does not foresee what the next will read. */
+INLINE void prefetch_contests(const uint32_t *plane0, const uint32_t *plane1, const uint16_t *flags,
+                              const int vectors) {
+    UNROLL for (int v = 0; v < vectors; v++) {
+        _mm_prefetch(plane0 + v * LANES, _MM_HINT_T0);
+        if (plane1)
+            _mm_prefetch(plane1 + v * LANES, _MM_HINT_T0);
     }
-    UNROLL for (int c = 0; c < side; c++) UNROLL for (int v = 0; v < vectors; v++)
-        _mm512_store_si512(&multiply->acc[first + c][at + v * LANES], acc[c][v]);
+    _mm_prefetch(flags, _MM_HINT_T0);
+}
+INLINE void prefetch_words(const uint32_t *words, const int count) {
+    UNROLL for (int line = 0; line < (count + 15) / 16; line++) _mm_prefetch(words + 16 * line, _MM_HINT_T1);
 }
 
 /* The words of one position in all lanes, or of two in a half each. */
@@ -457,22 +427,22 @@ INLINE __m256i spread_flags(const uint16_t *flags, const int together) {
 /* Word `which` of all channels. */
 INLINE __m256i side_by_side(const uint32_t *word, const int which, const bool contests) {
     if (contests)
-        return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(word + which * CONTEST)));
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(word + which * TEAM)));
     return _mm256_loadu_si256((const __m256i *)(word + which * BLOCK));
 }
 
 /* The same for the last few positions: the lanes are channels, whose words lie side by side in the stream, so
  * that none is idle. */
-INLINE void gemm_few_u8s8s32(const MultiplyArguments *multiply, const Stream *stream, int first, int64_t at,
-                             const int positions, const Form form, const bool spares) {
+INLINE void multiply_few(const MultiplyArguments *multiply, const Stream *stream, int first, int64_t at,
+                         const int positions, const Form form, const bool spares) {
     const Layer *layer = multiply->layer;
     const int words = form_words(form, spares), side = form_channels(form);
     const bool selects = form == FORM_SELECT || (form == FORM_FULL && spares);
     const bool contests = form == FORM_FULL || form == FORM_MIXED;
     const int together = positions > 1 ? BLOCK / side : 1, vectors = positions / together;
     const uint32_t *planes = multiply->planes + at;
-    const uint32_t *plane0 = planes + dense_plane(layer, form, 0) * multiply->plane_stride;
-    const uint32_t *plane1 = planes + dense_plane(layer, form, 1) * multiply->plane_stride;
+    const uint32_t *plane0 = planes + plane_of_form(layer, form, 0) * multiply->plane_stride;
+    const uint32_t *plane1 = planes + plane_of_form(layer, form, 1) * multiply->plane_stride;
     const uint16_t *flags = contests ? multiply->flags + at : NULL;
     const uint32_t *word = stream->words;
     const __m256i three_of_four = _mm256_set1_epi16((int16_t)THREE_FLAG[15]);
@@ -513,119 +483,7 @@ INLINE void gemm_few_u8s8s32(const MultiplyArguments *multiply, const Stream *st
     }
 }
 
-/* As many positions at a time as registers hold; a vector of which one lane is used costs more than that lane
- * by itself. */
-INLINE void multiply_strip(const MultiplyArguments *multiply, const Stream *strip, int first, const Form form,
-                           const bool spares) {
-    const int most = form_channels(form) == CONTEST ? 4 : 2;
-    int at = 0;
-    for (int left = multiply->positions; left > 0; left = multiply->positions - at) {
-        int vectors = (left - 2) / LANES + 1; /* a single position on top is left over */
-        if (left <= FEW) {
-            if (left > 1)
-                gemm_few_u8s8s32(multiply, strip, first, at, FEW, form, spares);
-            else
-                gemm_few_u8s8s32(multiply, strip, first, at, 1, form, spares);
-            break;
-        }
-        vectors = vectors < most ? vectors : most;
-        if (vectors == 4)
-            gemm_u8s8s32(multiply, strip, first, at, 4, form, spares);
-        else if (vectors == 3)
-            gemm_u8s8s32(multiply, strip, first, at, 3, form, spares);
-        else if (vectors == 2)
-            gemm_u8s8s32(multiply, strip, first, at, 2, form, spares);
-        else
-            gemm_u8s8s32(multiply, strip, first, at, 1, form, spares);
-        at += vectors * LANES;
-    }
-}
-
-/* Strip by strip, so that words stay in the first-level cache from one group of positions to the next. */
-INLINE void multiply_stream(const MultiplyArguments *multiply, const Stream *stream, int first,
-                            const Form form, const bool spares) {
-    const int words = form_words(form, spares) * form_channels(form);
-    for (int64_t step = 0; step < stream->steps; step += STRIP_WORDS / words) {
-        int64_t left = stream->steps - step;
-        Stream strip = {stream->order + step, left < STRIP_WORDS / words ? left : STRIP_WORDS / words,
-                        stream->words + step * words};
-        multiply_strip(multiply, &strip, first, form, spares);
-    }
-}
-
-/* The entries of one channel; two sets of accumulators hide the latency. */
-INLINE void spmv_u8s8s32(const MultiplyArguments *multiply, int channel, int at, const int vectors) {
-    const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
-    const Entry *entry = multiply->layer->entries + first[0], *end = multiply->layer->entries + first[1];
-    const uint32_t *planes = multiply->planes + at;
-    __m512i acc[2][8];
-    UNROLL for (int v = 0; v < vectors; v++) {
-        acc[0][v] = _mm512_load_si512(&multiply->acc[channel][at + v * LANES]);
-        acc[1][v] = _mm512_setzero_si512();
-    }
-    for (; entry < end; entry += 2)
-        UNROLL for (int u = 0; u < 2; u++) {
-            if (u == 1 && entry + 1 == end)
-                break;
-            const uint32_t *a = planes + (entry[u].where >> STEP_BITS) * multiply->plane_stride +
-                                multiply->step_offset[entry[u].where & ((1u << STEP_BITS) - 1)];
-            __m512i w = _mm512_set1_epi32((int)entry[u].word);
-            UNROLL for (int v = 0; v < vectors; v++) acc[u][v] =
-                _mm512_dpbusd_epi32(acc[u][v], _mm512_loadu_si512(a + v * LANES), w);
-        }
-    UNROLL for (int v = 0; v < vectors; v++)
-        _mm512_store_si512(&multiply->acc[channel][at + v * LANES], _mm512_add_epi32(acc[0][v], acc[1][v]));
-}
-
-static void multiply_entries(const MultiplyArguments *multiply, int channel) {
-    const int64_t *first = multiply->first_entry + channel * multiply->layer->chunks;
-    if (first[0] == first[1])
-        return;
-    int vectors = (multiply->positions + LANES - 1) / LANES, at = 0;
-    if (vectors == 8) {
-        spmv_u8s8s32(multiply, channel, 0, 8);
-        return;
-    }
-    for (; vectors >= 4; vectors -= 4, at += 4 * LANES)
-        spmv_u8s8s32(multiply, channel, at, 4);
-    if (vectors == 3)
-        spmv_u8s8s32(multiply, channel, at, 3);
-    else if (vectors == 2)
-        spmv_u8s8s32(multiply, channel, at, 2);
-    else if (vectors == 1)
-        spmv_u8s8s32(multiply, channel, at, 1);
-}
-
-static void multiply_contests(const MultiplyArguments *multiply, int part) {
-    const Stream *streams = multiply->streams[part];
-    if (multiply->layer->rule.needs_both) {
-        multiply_stream(multiply, &streams[FULL], part * CONTEST, FORM_FULL, true);
-        multiply_stream(multiply, &streams[MIXED], part * CONTEST, FORM_MIXED, true);
-    } else {
-        multiply_stream(multiply, &streams[FULL], part * CONTEST, FORM_FULL, false);
-        multiply_stream(multiply, &streams[MIXED], part * CONTEST, FORM_MIXED, false);
-    }
-}
-
-static void multiply(const MultiplyArguments *multiply) {
-    switch (multiply->layer->form) {
-    case FORM_PLAIN:
-        multiply_stream(multiply, multiply->streams[0], 0, FORM_PLAIN, false);
-        break;
-    case FORM_SELECT:
-        multiply_stream(multiply, multiply->streams[0], 0, FORM_SELECT, false);
-        break;
-    case FORM_FULL:
-    case FORM_MIXED:
-        for (int part = 0; part < PARTS; part++)
-            multiply_contests(multiply, part);
-        break;
-    case FORM_NONE:
-        break;
-    }
-    for (int c = 0; c < multiply->channels; c++)
-        multiply_entries(multiply, c);
-}
+#include "multiply.h"
 
 /* The weight that thread `byte` meets where its activation was reduced; 0 where it was not. */
 INLINE __m512i met_weight(__m512i raw, const Event *event, const SlotRule *rule) {
@@ -656,8 +514,8 @@ INLINE __m512i met_weight(__m512i raw, const Event *event, const SlotRule *rule)
     return _mm512_mask_mov_epi32(met, at_more & is_reducible, reduced);
 }
 
-static void correct(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,
-                    int32_t *sums) {
+static void correct_sums(const uint32_t *raw, int64_t count, const Event *event, const SlotRule *rule,
+                         int32_t *sums) {
     for (int64_t n = 0; n < count; n += LANES) {
         __mmask16 present = first_lanes(count - n);
         __m512i weights = met_weight(_mm512_maskz_loadu_epi32(present, raw + n), event, rule);
@@ -683,22 +541,22 @@ INLINE __m512i finish(const Sink *sink, int64_t channel, const int32_t *acc) {
     return _mm512_castps_si512(y);
 }
 
-static void store_runs(const StoreArguments *store) {
+static void store_spans(const StoreArguments *store) {
     for (int c = 0; c < store->channels; c++) {
         int64_t channel = store->first_channel + c;
         int32_t *to = (int32_t *)store->sink->data + channel * store->sink->stride_n;
-        int group = -1;
+        int sixteen = -1;
         __m512i y = _mm512_setzero_si512();
-        for (int i = 0; i < store->run_count; i++) {
-            const Run *run = &store->runs[i];
-            if (run->first != group)
-                y = finish(store->sink, channel, stored_sums(store, c) + run->first);
-            group = run->first;
-            if (run->lanes == 0xFFFF)
-                _mm512_storeu_si512(to + run->to, y);
+        for (int i = 0; i < store->span_count; i++) {
+            const Span *span = &store->spans[i];
+            if (span->first != sixteen)
+                y = finish(store->sink, channel, stored_sums(store, c) + span->first);
+            sixteen = span->first;
+            if (span->lanes == 0xFFFF)
+                _mm512_storeu_si512(to + span->to, y);
             else
-                _mm512_mask_storeu_epi32(to + run->to, first_lanes(__builtin_popcount(run->lanes)),
-                                         _mm512_maskz_compress_epi32(run->lanes, y));
+                _mm512_mask_storeu_epi32(to + span->to, first_lanes(__builtin_popcount(span->lanes)),
+                                         _mm512_maskz_compress_epi32(span->lanes, y));
         }
     }
 }
@@ -728,62 +586,27 @@ INLINE void transpose_words(__m512i words[16]) {
     }
 }
 
-/* Channels that are not next to each other. */
-static void scatter(const StoreArguments *store, int32_t *to, __m512i values) {
-    int32_t value[16];
-    _mm512_storeu_si512(value, values);
-    for (int c = 0; c < store->channels; c++)
-        to[c * store->sink->stride_n] = value[c];
-}
-
-/* A position at a time, whole cache lines where there are as many channels: half lines take several times as
- * long. */
-static void store_lanes(const StoreArguments *store) {
-    int32_t *to = (int32_t *)store->sink->data + store->first_channel * store->sink->stride_n;
-    __mmask16 present = first_lanes(store->channels);
-    for (int at = 0; at < store->positions; at += LANES) {
-        __m512i words[16];
-        UNROLL for (int c = 0; c < 16; c++) words[c] =
-            c < store->channels ? finish(store->sink, store->first_channel + c, stored_sums(store, c) + at)
-                                : _mm512_setzero_si512();
-        transpose_words(words);
-        if (store->is_whole[at / LANES] && present == 0xFFFF && store->sink->stride_n == 1) {
-            int32_t *first = to + store->lane_to[at];
-            UNROLL for (int lane = 0; lane < LANES; lane++)
-                _mm512_storeu_si512(first + lane * store->sink->stride_w, words[lane]);
-            continue;
-        }
-        UNROLL for (int lane = 0; lane < LANES; lane++) {
-            int64_t offset = store->lane_to[at + lane];
-            if (offset == NOWHERE)
-                continue;
-            if (store->sink->stride_n != 1)
-                scatter(store, to + offset, words[lane]);
-            else if (present == 0xFFFF)
-                _mm512_storeu_si512(to + offset, words[lane]);
-            else
-                _mm512_mask_storeu_epi32(to + offset, present, words[lane]);
-        }
-    }
-}
-
-static void store(const StoreArguments *store) {
-    if (store->sink->stride_w == 1)
-        store_runs(store);
+INLINE void store_channels(int32_t *to, const Vector words[16], int lane, int channels) {
+    if (channels == 16)
+        _mm512_storeu_si512(to, words[lane]);
     else
-        store_lanes(store);
+        _mm512_mask_storeu_epi32(to, first_lanes(channels), words[lane]);
 }
 
-static const VectorOps OPS = {.word_operands = 4,
-                              .quantise_row = quantise_row,
-                              .quantise_pixels = quantise_pixels,
-                              .transpose_pixels = transpose_pixels,
-                              .pack = pack,
-                              .count = count,
-                              .fold = fold,
-                              .multiply = multiply,
-                              .correct = correct,
-                              .store = store};
+#include "store.h"
+
+static const VectorOps OPS = {
+    .format = {.word_operands = 4, .has_ninth_bit = false, .activations = UNSIGNED, .flags = FLAG_AS_BIT},
+    .quantise_row = quantise_row,
+    .quantise_pixels = quantise_pixels,
+    .transpose_pixels = transpose_pixels,
+    .pack = pack_quad,
+    .count = count_activations,
+    .fold = fold_counts,
+    .multiply = multiply_block,
+    .correct = correct_sums,
+    .store = store_tile,
+};
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -798,32 +621,10 @@ static bool is_supported(void) {
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("popcnt");
 }
 
-static bool run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
-                Outcome *outcome) {
-    return engine_run(&OPS, layer, source, sink, cpu_threads, count, outcome);
-}
-
-static Layer *pack_layer(const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
-                         const int32_t *k_of) {
-    return program_pack(shape, rule, weights, k_of, 4);
-}
+const Path path_avx512vnni = VECTOR_PATH(PATH_NAME, is_supported, &OPS);
 
 #else
 
-static bool is_supported(void) {
-    return false;
-}
-static Layer *pack_layer(const ConvShape *shape, const SlotRule *rule, const int8_t *weights,
-                         const int32_t *k_of) {
-    (void)shape, (void)rule, (void)weights, (void)k_of;
-    return NULL;
-}
-static bool run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
-                Outcome *outcome) {
-    (void)layer, (void)source, (void)sink, (void)cpu_threads, (void)count, (void)outcome;
-    return false;
-}
+const Path path_avx512vnni = PATH_NOT_BUILT("avx512vnni");
 
 #endif
-
-const Path path_avx512vnni = {"avx512vnni", is_supported, pack_layer, run, program_bytes, program_release};

@@ -36,7 +36,7 @@ static bool is_supported(void) {
     return true;
 }
 
-static void release(Layer *layer) {
+static void release_layer(Layer *layer) {
     if (layer) {
         free(layer->k_of);
         free(layer->weights);
@@ -50,7 +50,9 @@ static size_t weight_bytes(const Layer *layer) {
     return positions * (sizeof(int32_t) + (size_t)shape->n * sizeof(Operand));
 }
 
-static Layer *pack(const ConvShape *shape, const SlotRule *rule, const int8_t *weights, const int32_t *k_of) {
+static Layer *pack_layer(const VectorOps *ops, const ConvShape *shape, const SlotRule *rule,
+                         const int8_t *weights, const int32_t *k_of) {
+    (void)ops;
     int64_t slots = slot_count(shape, rule), threads = rule->threads, k = shape->c * shape->kh * shape->kw;
     size_t positions = (size_t)(shape->groups * slots * threads);
     Layer *layer = calloc(1, sizeof *layer);
@@ -60,7 +62,7 @@ static Layer *pack(const ConvShape *shape, const SlotRule *rule, const int8_t *w
     layer->k_of = malloc(positions * sizeof *layer->k_of + 1);
     layer->weights = malloc(positions * (size_t)shape->n * sizeof *layer->weights + 1);
     if (!layer->k_of || !layer->weights) {
-        release(layer);
+        release_layer(layer);
         return NULL;
     }
     memcpy(layer->k_of, k_of, positions * sizeof *k_of);
@@ -119,7 +121,7 @@ static int32_t work_output(const Operand *a, const Operand *w, int64_t slots, co
     return sum;
 }
 
-/* Fetch one activation as an integer: quantised by NBSMT.md's float32 rule, or as it stands. */
+/* Fetch one activation as an integer: quantised by the float32 rule of docs/semantics.md, or as it stands. */
 static int fetch(const Source *source, int64_t index, bool is_signed, Outcome *outcome) {
     if (!source->is_float)
         return is_signed ? ((const int8_t *)source->data)[index] : ((const uint8_t *)source->data)[index];
@@ -148,8 +150,8 @@ static void gather_row(const Layer *layer, const Source *source, int64_t image, 
             if (k >= 0) {
                 int64_t channel = group * shape->c + k / (shape->kh * shape->kw);
                 int64_t iy =
-                    y * shape->stride_h - shape->pad_top + k / shape->kw % shape->kh * shape->dilation_h;
-                int64_t ix = x * shape->stride_w - shape->pad_left + k % shape->kw * shape->dilation_w;
+                    y * shape->conv_stride_h - shape->pad_top + k / shape->kw % shape->kh * shape->dilation_h;
+                int64_t ix = x * shape->conv_stride_w - shape->pad_left + k % shape->kw * shape->dilation_w;
                 if (iy >= 0 && iy < source->height && ix >= 0 && ix < source->width)
                     value = fetch(source,
                                   image * source->stride_b + channel * source->stride_c +
@@ -181,7 +183,7 @@ typedef struct {
     Outcome *outcome;      /* shared, under the lock */
     bool is_out_of_memory;
     pthread_mutex_t lock;
-} Run;
+} Work;
 
 static void add_outcome(Outcome *to, const Outcome *from) {
     for (int c = 0; c <= MAX_THREADS; c++)
@@ -190,49 +192,50 @@ static void add_outcome(Outcome *to, const Outcome *from) {
     to->reduced_weights += from->reduced_weights;
     to->saw_nonfinite |= from->saw_nonfinite;
     to->saw_negative |= from->saw_negative;
+    to->ran_on = from->ran_on;
 }
 
-/* Task `index`: one chunk of output pixels of one image and group. */
-enum { CHUNK = 64 };
+/* Task `index`: some output pixels of one image and group. */
+enum { PIXELS = 64 };
 
-static void run_chunk(void *context, int64_t index) {
-    Run *run = context;
-    const Layer *layer = run->layer;
+static void run_share(void *context, int64_t index) {
+    Work *work = context;
+    const Layer *layer = work->layer;
     const ConvShape *shape = &layer->shape;
-    int64_t pixels = run->height * run->width, chunks = (pixels + CHUNK - 1) / CHUNK;
-    int64_t first = index % chunks * CHUNK, group = index / chunks % shape->groups,
-            image = index / chunks / shape->groups;
+    int64_t pixels = work->height * work->width, shares = (pixels + PIXELS - 1) / PIXELS;
+    int64_t first = index % shares * PIXELS, group = index / shares % shape->groups,
+            image = index / shares / shape->groups;
     int64_t length = layer->slots * layer->rule.threads;
-    Outcome outcome = {0};
+    Outcome outcome = {.ran_on = path_scalar.name};
     Operand *row = malloc((size_t)length * sizeof *row + 1);
-    for (int64_t p = first; row && p < pixels && p < first + CHUNK; p++) {
-        int64_t y = p / run->width, x = p % run->width;
-        gather_row(layer, run->source, image, group, y, x, row, &outcome);
+    for (int64_t p = first; row && p < pixels && p < first + PIXELS; p++) {
+        int64_t y = p / work->width, x = p % work->width;
+        gather_row(layer, work->source, image, group, y, x, row, &outcome);
         for (int64_t n = group * shape->n; n < (group + 1) * shape->n; n++)
-            store(run->sink,
-                  image * run->sink->stride_b + n * run->sink->stride_n + y * run->sink->stride_h +
-                      x * run->sink->stride_w,
+            store(work->sink,
+                  image * work->sink->stride_b + n * work->sink->stride_n + y * work->sink->stride_h +
+                      x * work->sink->stride_w,
                   n, work_output(row, layer->weights + n * length, layer->slots, &layer->rule, &outcome));
     }
-    pthread_mutex_lock(&run->lock);
-    run->is_out_of_memory |= !row;
-    add_outcome(run->outcome, &outcome);
-    pthread_mutex_unlock(&run->lock);
+    pthread_mutex_lock(&work->lock);
+    work->is_out_of_memory |= !row;
+    add_outcome(work->outcome, &outcome);
+    pthread_mutex_unlock(&work->lock);
     free(row);
 }
 
-static bool run(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
-                Outcome *outcome) {
+static bool run_layer(const Layer *layer, const Source *source, const Sink *sink, int cpu_threads, bool count,
+                      Outcome *outcome) {
     Outcome counted = {0};
-    Run context = {.layer = layer,
-                   .source = source,
-                   .sink = sink,
-                   .height = output_height(&layer->shape, source),
-                   .width = output_width(&layer->shape, source),
-                   .outcome = &counted,
-                   .lock = PTHREAD_MUTEX_INITIALIZER};
-    int64_t chunks = (context.height * context.width + CHUNK - 1) / CHUNK;
-    parallel_for(source->batch * layer->shape.groups * chunks, cpu_threads, run_chunk, &context);
+    Work context = {.layer = layer,
+                    .source = source,
+                    .sink = sink,
+                    .height = output_height(&layer->shape, source),
+                    .width = output_width(&layer->shape, source),
+                    .outcome = &counted,
+                    .lock = PTHREAD_MUTEX_INITIALIZER};
+    int64_t shares = (context.height * context.width + PIXELS - 1) / PIXELS;
+    parallel_for(source->batch * layer->shape.groups * shares, cpu_threads, run_share, &context);
     if (!count) {
         memset(counted.active, 0, sizeof counted.active);
         counted.reduced_activations = counted.reduced_weights = 0;
@@ -241,4 +244,4 @@ static bool run(const Layer *layer, const Source *source, const Sink *sink, int 
     return !context.is_out_of_memory;
 }
 
-const Path path_scalar = {"scalar", is_supported, pack, run, weight_bytes, release};
+const Path path_scalar = {"scalar", is_supported, NULL, pack_layer, run_layer, weight_bytes, release_layer};

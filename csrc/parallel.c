@@ -2,18 +2,17 @@
  *
  * PyTorch's OpenMP workers keep spinning for a while after each of its operations. A second pool beside them
  * would fight for the same cores, so when a GNU or LLVM OpenMP runtime is already loaded, its own
- * GOMP_parallel runs our tasks. Nothing is linked: the symbol is looked up at run time.
+ * GOMP_parallel runs our tasks. Nothing is linked: the symbol is looked up at run time, where the system can
+ * list what is loaded (glibc, musl, the BSDs; elsewhere the threads are our own).
+ *
+ * A forked child has the runtime's memory but none of its workers: GNU's would wait for them for ever. So a
+ * child never borrows; it starts its own threads.
  */
 #define _GNU_SOURCE
 #include "kernels.h"
 
-#include <dlfcn.h>
-#include <link.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <string.h>
-
-typedef void (*GompParallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
 typedef struct {
     int64_t tasks;
@@ -34,6 +33,24 @@ static void *drain_in_pthread(void *data) {
     return NULL;
 }
 
+typedef void (*GompParallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+
+#if __has_include(<link.h>)
+
+#include <dlfcn.h>
+#include <link.h>
+#include <string.h>
+
+static bool is_forked; /* this process began as a fork of one that may have run OpenMP */
+
+static void note_fork(void) {
+    is_forked = true;
+}
+
+__attribute__((constructor)) static void watch_forks(void) {
+    pthread_atfork(NULL, NULL, note_fork);
+}
+
 /* Whether a loaded object is an OpenMP runtime; remembers its GOMP_parallel. */
 static int find_openmp(struct dl_phdr_info *info, size_t size, void *found) {
     (void)size;
@@ -49,6 +66,8 @@ static int find_openmp(struct dl_phdr_info *info, size_t size, void *found) {
 
 static GompParallel openmp_of_this_process(void) {
     static _Atomic(void *) known; /* once found, a runtime stays loaded: dlopen above holds it */
+    if (is_forked)
+        return NULL;
     void *symbol = atomic_load_explicit(&known, memory_order_acquire);
     if (!symbol) {
         dl_iterate_phdr(find_openmp, &symbol);
@@ -58,6 +77,14 @@ static GompParallel openmp_of_this_process(void) {
     memcpy(&parallel, &symbol, sizeof parallel); /* ISO C has no cast from object to function pointer */
     return parallel;
 }
+
+#else
+
+static GompParallel openmp_of_this_process(void) {
+    return NULL;
+}
+
+#endif
 
 static void run_on_pthreads(Work *work, int threads) {
     enum { MAX_OWN = 255 };

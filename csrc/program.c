@@ -6,77 +6,12 @@
  * rounding, signs) ends here.
  */
 #include "program.h"
-#include "slot.h"
 #include "tally.h"
+#include "tuning.h"
+#include "writer.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-/* ---- planes ---- */
-
-/* How a weight meets its activation, by the number of active threads. */
-typedef enum {
-    WITH_EXACT,         /* where the multiplier takes the exact weight */
-    WITH_REDUCED,       /* where it takes the reduced weight */
-    WITH_EITHER,        /* everywhere: both weights are the same */
-    WITH_EITHER_SPARED, /* everywhere, and a 2-way collision spares the activation because the weight is
-                           narrow */
-    KINDS
-} Kind;
-
-static Code plane_code(const SlotRule *rule, Kind kind, int contenders) {
-    if (contenders <= 1)
-        return kind == WITH_REDUCED ? ZERO : EXACT;
-    if (contenders >= 3)
-        return kind == WITH_EXACT ? ZERO : REDUCED;
-    if (!rule->reduces_weight)
-        return kind == WITH_REDUCED ? ZERO : kind == WITH_EITHER_SPARED ? EXACT : REDUCED;
-    if (kind == WITH_EXACT)
-        return rule->needs_both ? NARROW : ZERO;
-    if (kind == WITH_REDUCED)
-        return rule->needs_both ? WIDE : EXACT;
-    return EXACT;
-}
-
-/* The plane for slots whose non-zero weights are `weight_pattern` (T bits). */
-static Plane make_plane(const SlotRule *rule, Kind kind, int weight_pattern) {
-    Plane plane = {0};
-    int threads = rule->threads;
-    for (int pattern = 0; pattern < PATTERNS; pattern++)
-        for (int byte = 0; byte < QUAD; byte++) {
-            if (!(pattern >> byte & 1))
-                continue; /* a zero stays zero */
-            int slot_pattern = pattern >> (byte / threads * threads) & ((1 << threads) - 1);
-            int active = __builtin_popcount((unsigned)(slot_pattern & weight_pattern));
-            plane.code[pattern][byte] = (uint8_t)plane_code(rule, kind, rule->skips_zeros ? active : threads);
-        }
-    return plane;
-}
-
-typedef struct {
-    Plane planes[MAX_PLANES];
-    int count;
-    int8_t known[PATTERNS][KINDS]; /* 0: not made yet; -1: all zero; else index + 1 */
-} PlaneSet;
-
-/* Index of a plane, made when first asked for; -1 if it is zero everywhere. */
-static int find_plane(PlaneSet *set, const SlotRule *rule, Kind kind, int weight_pattern) {
-    int8_t *known = &set->known[weight_pattern][kind];
-    if (!*known) {
-        Plane plane = make_plane(rule, kind, weight_pattern), zero = {0};
-        int index = 0;
-        while (index < set->count && memcmp(&set->planes[index], &plane, sizeof plane))
-            index++;
-        if (!memcmp(&plane, &zero, sizeof plane)) {
-            *known = -1;
-        } else {
-            if (index == set->count)
-                set->planes[set->count++] = plane;
-            *known = (int8_t)(index + 1);
-        }
-    }
-    return *known < 0 ? -1 : *known - 1;
-}
 
 /* ---- what one quad of weights contributes ---- */
 
@@ -99,17 +34,6 @@ static void add_term(Terms *terms, int plane, int byte, int value) {
     terms->value[i][byte] = (int16_t)value;
 }
 
-static int used_weight(int weight, const SlotRule *rule) {
-    return is_reducible(weight, true, rule) ? reduce_value(weight, true, rule) : weight;
-}
-
-static int slot_pattern_of(const int8_t weights[QUAD], int byte, int threads) {
-    int pattern = 0, first = byte / threads * threads;
-    for (int t = 0; t < threads; t++)
-        pattern |= (weights[first + t] != 0) << t;
-    return pattern;
-}
-
 /* The products of one quad, as (plane, four weights) pairs. */
 static Terms quad_terms(PlaneSet *set, const SlotRule *rule, const int8_t weights[QUAD]) {
     Terms terms = {.count = 0};
@@ -130,45 +54,7 @@ static Terms quad_terms(PlaneSet *set, const SlotRule *rule, const int8_t weight
     return terms;
 }
 
-/* ---- words ---- */
-
-/* Pack word `half` of a quad: four int8, or two of the four int16. */
-static uint32_t encode(const int16_t values[QUAD], int half, int word_operands) {
-    uint32_t word = 0;
-    int bits = 32 / word_operands;
-    for (int i = 0; i < word_operands; i++)
-        word |= ((uint32_t)values[half * word_operands + i] & ((1u << bits) - 1)) << (i * bits);
-    return word;
-}
-
-/* +128 does not fit eight bits: 127 goes into the word, and what is missing is returned as a second one. */
-static bool split_overflow(int16_t values[QUAD], int16_t rest[QUAD]) {
-    bool any = false;
-    for (int byte = 0; byte < QUAD; byte++) {
-        rest[byte] = values[byte] == 128;
-        values[byte] = (int16_t)(values[byte] - rest[byte]);
-        any |= rest[byte] != 0;
-    }
-    return any;
-}
-
 /* ---- the layer ---- */
-
-/* The four weights of output channel n at (tap, quad). */
-static void fetch_quad(const Layer *layer, const int8_t *weights, int64_t group, int64_t n, int64_t tap,
-                       int64_t quad, int8_t out[QUAD]) {
-    const int32_t *channel = layer->channel_of + (group * layer->quads + quad) * QUAD;
-    const int8_t *row = weights + (group * layer->shape.n + n) * layer->channels * layer->taps;
-    for (int byte = 0; byte < QUAD; byte++)
-        out[byte] = channel[byte] < 0 ? 0 : row[channel[byte] * layer->taps + tap];
-}
-
-/* Whether slots are contests: how many threads are active decides which of two activations meets which of two
- * weights. */
-static bool has_contests(const SlotRule *rule, int word_operands) {
-    return rule->threads == 4 && rule->skips_zeros && !rule->reduces_weight &&
-           !(rule->is_signed && word_operands == 4);
-}
 
 /* What the forms would cost, from a first look at all quads. */
 typedef struct {
@@ -191,37 +77,6 @@ static Census take_census(const Layer *layer, const int8_t *weights, PlaneSet *s
                 }
     return census;
 }
-
-/* Which flags an activation pattern raises. */
-static uint32_t flags_of(int activations) {
-    uint32_t flags = 0;
-    for (int weights = 0; weights < PATTERNS; weights++) {
-        int active = __builtin_popcount((unsigned)(activations & weights));
-        flags |= (uint32_t)((active >= 2 ? TWO_FLAG[weights] : 0) | (active >= 3 ? THREE_FLAG[weights] : 0));
-    }
-    return flags;
-}
-
-/* Planes of contests: the activations, exact and reduced, and what those of four weights make of them. */
-static void choose_contests(Layer *layer) {
-    const SlotRule *rule = &layer->rule;
-    for (int pattern = 0; pattern < PATTERNS; pattern++) {
-        layer->flags_of[pattern] = flags_of(pattern);
-        for (int byte = 0; byte < QUAD; byte++) {
-            layer->planes[0].code[pattern][byte] = pattern >> byte & 1 ? EXACT : ZERO;
-            layer->planes[1].code[pattern][byte] = pattern >> byte & 1 ? REDUCED : ZERO;
-        }
-    }
-    layer->form = FORM_MIXED;
-    layer->dense_plane[0] = 2;
-    layer->dense_plane[1] = 3;
-    layer->planes[2] = make_plane(rule, rule->needs_both ? WITH_EITHER_SPARED : WITH_EITHER, 15);
-    layer->planes[3] = make_plane(rule, WITH_EITHER, 15);
-    layer->plane_count = rule->needs_both ? 4 : 3;
-}
-
-/* Measured on Zen 4, in vector multiply-accumulates per step and channel. */
-static const double COST_ENTRY = 1.5, COST_PLAIN = 1.0, COST_SELECT = 1.65;
 
 static void choose_form(Layer *layer, const int8_t *weights) {
     const SlotRule *rule = &layer->rule;
@@ -256,23 +111,13 @@ static void choose_form(Layer *layer, const int8_t *weights) {
     layer->dense_plane[1] = chosen.count - 1;
 }
 
-/* Where the program is written; the first pass only counts entries. */
-typedef struct {
-    Layer *layer;
-    PlaneSet set;
-    int64_t entry, step, word; /* next */
-    int64_t full_steps;
-    bool is_counting;
-    int32_t word_sum; /* of the current channel */
-} Writer;
-
 static void write_entry(Writer *writer, int plane, int64_t quad_step, int16_t values[QUAD]) {
     Layer *layer = writer->layer;
-    int halves = QUAD / layer->word_operands;
+    int halves = QUAD / layer->format.word_operands;
     int16_t rest[QUAD];
-    bool overflows = layer->word_operands == 4 && split_overflow(values, rest);
+    bool overflows = !layer->format.has_ninth_bit && split_overflow(values, rest);
     for (int half = 0; half < halves; half++) {
-        uint32_t word = encode(values, half, layer->word_operands);
+        uint32_t word = encode(values, half, layer->format.word_operands);
         if (!word)
             continue;
         if (!writer->is_counting)
@@ -286,13 +131,13 @@ static void write_entry(Writer *writer, int plane, int64_t quad_step, int16_t va
         write_entry(writer, plane, quad_step, rest);
 }
 
-static void write_dense(Writer *writer, uint32_t *block, int64_t quad_step, int lane, int part,
+static void write_dense(Writer *writer, uint32_t *block, int64_t quad_step, int lane, int which,
                         const int16_t values[QUAD]) {
     Layer *layer = writer->layer;
-    int halves = QUAD / layer->word_operands, words = form_words(layer->form, false);
+    int halves = QUAD / layer->format.word_operands, words = form_words(layer->form, false);
     for (int half = 0; half < halves && !writer->is_counting; half++)
-        block[((quad_step * halves + half) * words + part) * BLOCK + lane] =
-            encode(values, half, layer->word_operands);
+        block[((quad_step * halves + half) * words + which) * BLOCK + lane] =
+            encode(values, half, layer->format.word_operands);
 }
 
 /* A quad's terms: those whose plane the dense stream has go there, the rest become entries. */
@@ -308,7 +153,7 @@ static void write_terms(Writer *writer, uint32_t *block, int64_t quad_step, int 
             continue;
         }
         int16_t rest[QUAD];
-        if (layer->word_operands == 4 && split_overflow(terms.value[i], rest))
+        if (!layer->format.has_ninth_bit && split_overflow(terms.value[i], rest))
             write_entry(writer, terms.plane[i], quad_step, rest);
         for (int byte = 0; byte < QUAD; byte++) {
             word[byte] = (int16_t)(word[byte] + terms.value[i][byte]);
@@ -340,107 +185,6 @@ static void write_channel(Writer *writer, const int8_t *weights, int64_t group, 
     }
 }
 
-/* ---- contests ---- */
-
-/* The slots of a part of a block's channels at one (tap, quad). */
-typedef struct {
-    int8_t weights[CONTEST][QUAD];
-    int channels;
-    bool is_full, is_empty;
-} Slots;
-
-static Slots fetch_slots(const Layer *layer, const int8_t *weights, int64_t group, int64_t first, int64_t tap,
-                         int64_t quad) {
-    int64_t left = layer->shape.n - first;
-    Slots slots = {.channels = left < CONTEST ? (int)left : CONTEST, .is_full = true, .is_empty = true};
-    for (int c = 0; c < slots.channels; c++) {
-        int8_t *w = slots.weights[c];
-        fetch_quad(layer, weights, group, first + c, tap, quad, w);
-        slots.is_full &= w[0] && w[1] && w[2] && w[3];
-        slots.is_empty &= !w[0] && !w[1] && !w[2] && !w[3];
-    }
-    return slots;
-}
-
-/* Whether a reduced weight is +128 where words are bytes. */
-static bool has_overflow(const Layer *layer, const Slots *slots) {
-    bool any = false;
-    for (int c = 0; c < slots->channels && layer->word_operands == 4; c++)
-        for (int byte = 0; byte < QUAD; byte++)
-            any |= used_weight(slots->weights[c][byte], &layer->rule) == 128;
-    return any;
-}
-
-/* Both weights of each channel side by side, and what decides between them; `rest`: instead, what the words
- * of reduced weights lack (see split_overflow). */
-static void write_contests(Writer *writer, int64_t quad_step, const Slots *slots, int kind, bool rest) {
-    Layer *layer = writer->layer;
-    const SlotRule *rule = &layer->rule;
-    int halves = QUAD / layer->word_operands;
-    int words = form_words(kind == FULL ? FORM_FULL : FORM_MIXED, rule->needs_both);
-    for (int half = 0; half < halves; half++) {
-        uint32_t *to = layer->dense + writer->word;
-        for (int c = 0; c < slots->channels; c++) {
-            const int8_t *w = slots->weights[c];
-            int16_t exact[QUAD] = {0}, reduced[QUAD], lacking[QUAD] = {0}, mask[QUAD];
-            for (int byte = 0; byte < QUAD; byte++) {
-                exact[byte] = rest ? 0 : w[byte];
-                reduced[byte] = (int16_t)used_weight(w[byte], rule);
-                mask[byte] = is_reducible(w[byte], true, rule) ? -1 : 0;
-            }
-            if (layer->word_operands == 4)
-                split_overflow(reduced, lacking);
-            if (writer->is_counting)
-                continue;
-            int pattern = slot_pattern_of(w, 0, QUAD);
-            to[c] = encode(exact, half, layer->word_operands);
-            to[CONTEST + c] = encode(rest ? lacking : reduced, half, layer->word_operands);
-            uint16_t two = TWO_FLAG[pattern], three = THREE_FLAG[pattern];
-            if (kind == MIXED) {
-                to[2 * CONTEST + c] = halves == 1 ? in_both_halves(two) : shift_of_flag(two);
-                to[3 * CONTEST + c] = halves == 1 ? in_both_halves(three) : shift_of_flag(three);
-            }
-            if (rule->needs_both)
-                to[(words - 1) * CONTEST + c] = encode(mask, half, layer->word_operands);
-        }
-        if (!writer->is_counting)
-            layer->order[writer->step] = (uint32_t)(quad_step * halves + half);
-        writer->step++;
-        writer->full_steps += kind == FULL;
-        writer->word += words * CONTEST;
-    }
-}
-
-/* One chunk's steps of one kind, for the channels from `first` on. */
-static void write_stream(Writer *writer, const int8_t *weights, int64_t group, int64_t first, int64_t chunk,
-                         int kind) {
-    Layer *layer = writer->layer;
-    int64_t step = chunk * layer->chunk_quads * layer->taps;
-    for (int64_t tap = 0; tap < layer->taps; tap++)
-        for (int64_t quad = 0; quad < quads_of_chunk(layer, chunk); quad++, step++) {
-            Slots slots = fetch_slots(layer, weights, group, first, tap, chunk * layer->chunk_quads + quad);
-            if (!slots.is_empty && slots.is_full == (kind == FULL))
-                write_contests(writer, step, &slots, kind, false);
-            if (kind == MIXED && has_overflow(layer, &slots))
-                write_contests(writer, step, &slots, MIXED, true);
-        }
-}
-
-/* Steps at which all channels have four weights come first, the others follow. */
-static void write_block(Writer *writer, const int8_t *weights, int64_t group, int64_t block) {
-    Layer *layer = writer->layer;
-    Start *start = layer->starts + (group * layer->blocks + block) * layer->chunks * PARTS * STREAMS;
-    for (int64_t chunk = 0; chunk < layer->chunks; chunk++)
-        for (int part = 0; part < PARTS; part++)
-            for (int kind = 0; kind < STREAMS; kind++) {
-                if (!writer->is_counting)
-                    *start++ = (Start){writer->step, writer->word};
-                int64_t first = block * BLOCK + part * CONTEST;
-                if (first < layer->shape.n)
-                    write_stream(writer, weights, group, first, chunk, kind);
-            }
-}
-
 /* ---- writing it all ---- */
 
 /* How much one pass over the weights wrote, or would. */
@@ -455,11 +199,11 @@ static Written write_program(Layer *layer, const int8_t *weights, bool is_counti
     writer.set.count = layer->plane_count;
     int64_t channels = layer->shape.groups * layer->shape.n, blocks = layer->shape.groups * layer->blocks;
     for (int64_t i = 0; i < blocks && layer->has_contests; i++)
-        write_block(&writer, weights, i / layer->blocks, i % layer->blocks);
+        write_contest_block(&writer, weights, i / layer->blocks, i % layer->blocks);
     for (int64_t i = 0; i < channels && !layer->has_contests; i++) {
         write_channel(&writer, weights, i / layer->shape.n, i % layer->shape.n);
         if (!is_counting)
-            layer->offset[i] = is_biased(layer) ? -128 * writer.word_sum : 0;
+            layer->offset[i] = -bias_of(&layer->format, layer->rule.is_signed) * writer.word_sum;
     }
     if (!layer->has_contests) {
         writer.step = layer->steps;
@@ -469,7 +213,7 @@ static Written write_program(Layer *layer, const int8_t *weights, bool is_counti
     }
     if (!is_counting) {
         layer->first_entry[channels * layer->chunks] = writer.entry;
-        layer->starts[blocks * layer->chunks * PARTS * STREAMS] = (Start){writer.step, writer.word};
+        layer->starts[blocks * layer->chunks * TEAMS * STREAMS] = (Start){writer.step, writer.word};
     }
     memcpy(layer->planes, writer.set.planes, sizeof layer->planes);
     layer->plane_count = writer.set.count;
@@ -479,15 +223,14 @@ static Written write_program(Layer *layer, const int8_t *weights, bool is_counti
 /* As many quads as keep a job's planes in the core's cache; most planes are rarely touched beside a dense
  * stream. */
 static void choose_chunks(Layer *layer) {
-    enum { MIXED_BYTES = 384 << 10, STREAM_BYTES = 1536 << 10 };
     const ConvShape *shape = &layer->shape;
-    int64_t phases = layer->is_im2col ? 1 : shape->stride_h * shape->stride_w;
+    int64_t phases = layer->is_im2col ? 1 : shape->conv_stride_h * shape->conv_stride_w;
     phases = phases < layer->taps ? phases : layer->taps;
     int64_t position_bytes = (4 * layer->plane_count + 2 * layer->has_contests) * words_per_quad(layer);
     int64_t quad_bytes = wanted_positions(layer) * position_bytes * phases;
-    int64_t bytes = layer->form == FORM_NONE ? MIXED_BYTES : STREAM_BYTES;
+    int64_t bytes = layer->form == FORM_NONE ? ENTRY_CHUNK_BYTES : DENSE_CHUNK_BYTES;
     int64_t quads = quad_bytes ? bytes / quad_bytes : layer->quads;
-    quads = quads < 4 ? 4 : quads;
+    quads = quads < LEAST_CHUNK_QUADS ? LEAST_CHUNK_QUADS : quads;
     if (layer->quads == 0)
         return; /* an empty layer: one empty chunk */
     layer->chunks = (layer->quads + quads - 1) / quads;
@@ -562,11 +305,11 @@ static void *allocate(int64_t count, size_t size) {
 /* Activations of 256 (or +128 biased) exist only where rounding goes up and bytes must hold the result. */
 static bool needs_ninth_bit(const Layer *layer) {
     const SlotRule *rule = &layer->rule;
-    return layer->word_operands == 4 && rule->threads > 1 && !rule->saturate && !rule->truncate;
+    return !layer->format.has_ninth_bit && rule->threads > 1 && !rule->saturate && !rule->truncate;
 }
 
 Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *weights, const int32_t *k_of,
-                    int word_operands) {
+                    const Format *format) {
     Layer *layer = calloc(1, sizeof *layer);
     if (!layer)
         return NULL;
@@ -574,13 +317,13 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
             length = slot_count(shape, rule) * rule->threads;
     layer->shape = *shape;
     layer->rule = *rule;
-    layer->word_operands = word_operands;
+    layer->format = *format;
     layer->is_im2col = taps > 1 && (shape->c % rule->threads || !is_plain_order(shape, k_of, length));
     layer->channels = layer->is_im2col ? k : shape->c;
     layer->taps = layer->is_im2col ? 1 : taps;
     layer->slots = (layer->channels + rule->threads - 1) / rule->threads;
     layer->quads = (layer->slots + slots_per_quad(rule) - 1) / slots_per_quad(rule);
-    layer->steps = layer->taps * layer->quads * (QUAD / word_operands);
+    layer->steps = layer->taps * layer->quads * words_per_quad(layer);
     layer->blocks = (shape->n + BLOCK - 1) / BLOCK;
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
     layer->channel_of = allocate(shape->groups * layer->quads * QUAD, sizeof *layer->channel_of);
@@ -594,7 +337,7 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
         return NULL;
     }
     place_channels(layer, k_of);
-    layer->has_contests = has_contests(rule, word_operands);
+    layer->has_contests = makes_contests(rule, format);
     if (layer->has_contests)
         choose_contests(layer);
     else
@@ -610,7 +353,7 @@ Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *
     choose_chunks(layer);
     layer->first_entry = allocate(outputs * layer->chunks + 1, sizeof *layer->first_entry);
     layer->starts =
-        allocate(shape->groups * layer->blocks * layer->chunks * PARTS * STREAMS + 1, sizeof *layer->starts);
+        allocate(shape->groups * layer->blocks * layer->chunks * TEAMS * STREAMS + 1, sizeof *layer->starts);
     if (!layer->dense || !layer->entries || !layer->order || !layer->first_entry || !layer->starts) {
         program_release(layer);
         return NULL;
@@ -626,7 +369,7 @@ size_t program_bytes(const Layer *layer) {
     const ConvShape *shape = &layer->shape;
     int64_t outputs = shape->groups * shape->n, quads = shape->groups * layer->taps * layer->quads;
     int64_t bytes = shape->groups * layer->quads * QUAD * 4 + outputs * (4 + 8 * layer->chunks);
-    int64_t starts = shape->groups * layer->blocks * layer->chunks * PARTS * STREAMS;
+    int64_t starts = shape->groups * layer->blocks * layer->chunks * TEAMS * STREAMS;
     bytes += starts * (int64_t)sizeof(Start) + 4 * (layer->starts[starts].step + layer->starts[starts].word);
     bytes += layer->first_entry[outputs * layer->chunks] * (int64_t)sizeof(Entry);
     bytes += quads * slots_per_quad(&layer->rule) *

@@ -3,6 +3,7 @@
 #define SYSMT_PROGRAM_H
 
 #include "kernels.h"
+#include "tuning.h"
 
 enum {
     QUAD = 4,        /* operands that are packed together: 4 / T slots */
@@ -10,6 +11,21 @@ enum {
     BLOCK = 8,       /* output channels that share the loads of the dense stream */
     MAX_PLANES = 64, /* more than any rule needs: 11 weight patterns of two or more times 4 kinds */
 };
+
+/* What a path's multiplier takes. */
+typedef struct {
+    int word_operands;  /* in a 32-bit word: 4 (8 bits each) or 2 (16 bits each) */
+    bool has_ninth_bit; /* operands hold what rounding makes of 248..255 (256) and of 120..127 (+128) */
+    enum { ANY_SIGN, UNSIGNED, SIGNED } activations; /* where they are of the other kind, they are biased */
+    enum { FLAG_AS_BIT, FLAG_AS_SHIFT } flags;       /* how a contest's words say which flag: see below */
+} Format;
+
+/* What is added to activations to make them of the kind that the multiplier takes. */
+static inline int bias_of(const Format *format, bool is_signed) {
+    if (format->activations == UNSIGNED && is_signed)
+        return 128;
+    return format->activations == SIGNED && !is_signed ? -128 : 0;
+}
 
 /* What a plane holds of an activation, given the non-zero pattern of its quad. */
 typedef enum { ZERO, EXACT, REDUCED, NARROW, WIDE } Code;
@@ -52,8 +68,8 @@ static const uint16_t TWO_FLAG[PATTERNS] = {[3] = 1 << 0,  [5] = 1 << 1,  [6] = 
 static const uint16_t THREE_FLAG[PATTERNS] = {
     [7] = 1 << 11, [11] = 1 << 12, [13] = 1 << 13, [14] = 1 << 14, [15] = 1 << 15};
 
-/* A flag in the stream of contests: in both halves of a word, for comparisons of 16 bits; or, where words
- * hold 16-bit operands, the shift that makes it the sign of 32. */
+/* A flag in the stream of contests. FLAG_AS_BIT: in both halves of a word, for comparisons of 16 bits;
+ * FLAG_AS_SHIFT: the shift that makes it the sign of 32. */
 static inline uint32_t in_both_halves(uint16_t flag) {
     return flag * 0x10001u;
 }
@@ -61,22 +77,21 @@ static inline uint32_t shift_of_flag(uint16_t flag) {
     return flag ? (uint32_t)__builtin_clz(flag) : 32;
 }
 
-/* Contests of CONTEST channels share steps, fewer than a block: the fewer, the more often all are full. For
- * each such part of a block and each chunk, full steps, then mixed ones; and where their steps and words
- * start. */
-enum { CONTEST = 4, PARTS = BLOCK / CONTEST };
+/* A team of TEAM channels shares the steps of its contests. It is smaller than a block: the smaller, the more
+ * often all of its slots are full. For each team of a block and each chunk, full steps, then mixed ones; and
+ * where their steps and words start. */
+enum { TEAM = 4, TEAMS = BLOCK / TEAM };
 enum { FULL, MIXED, STREAMS };
 typedef struct {
     int64_t step, word;
 } Start;
 
-enum { AHEAD = 4 }; /* steps: order may be read so far behind its end, to ask for operands early */
-
 struct Layer {
     ConvShape shape;
     SlotRule rule;
-    int word_operands; /* operands in a 32-bit word: 4 (8 bits each) or 2 (16 bits each) */
-    bool is_im2col;    /* k stands for the channel of a 1 x 1 convolution over the im2col matrix */
+    const VectorOps *ops; /* of the path that packed it */
+    Format format;        /* its own */
+    bool is_im2col;       /* k stands for the channel of a 1 x 1 convolution over the im2col matrix */
 
     /* The convolution after lowering, per group. */
     int64_t channels, taps;
@@ -92,11 +107,11 @@ struct Layer {
     uint32_t *dense;             /* (groups, blocks, steps, words of the form, BLOCK), in the order below */
     Entry *entries;              /* sorted by (group, n) */
     int64_t *first_entry;        /* (groups * n * chunks + 1) */
-    uint32_t *order;             /* the steps, in the order of the dense stream */
+    uint32_t *order;             /* the steps, in the order of the dense stream; AHEAD more may be read */
     bool has_contests;           /* then there are no entries, and order and dense are by block: */
-    Start *starts;               /* (groups, blocks, chunks, PARTS, STREAMS; + 1) */
+    Start *starts;               /* (groups, blocks, chunks, TEAMS, STREAMS; + 1) */
     uint32_t flags_of[PATTERNS]; /* what a position raises, by activation pattern */
-    int32_t *offset; /* (groups * n): -128 * sum of the words, where planes are biased by 128; else 0 */
+    int32_t *offset;             /* (groups * n): minus the planes' bias times the sum of the words */
     Plane planes[MAX_PLANES];
     int plane_count;
 
@@ -105,9 +120,8 @@ struct Layer {
     uint32_t *raw;    /* (groups, taps, quads, n): the four int8 weights; NULL where 9 bits fit */
 };
 
-/* Words of 4 8-bit or 2 16-bit operands; biased: signed activations are stored as value + 128. */
 Layer *program_pack(const ConvShape *shape, const SlotRule *rule, const int8_t *weights, const int32_t *k_of,
-                    int word_operands);
+                    const Format *format);
 size_t program_bytes(const Layer *layer);
 void program_release(Layer *layer);
 
@@ -118,16 +132,16 @@ static inline int form_words(Form form, bool spares) {
 
 /* Channels of a block whose words lie side by side, and that a stream is for. */
 static inline int form_channels(Form form) {
-    return form == FORM_FULL || form == FORM_MIXED ? CONTEST : BLOCK;
+    return form == FORM_FULL || form == FORM_MIXED ? TEAM : BLOCK;
 }
 
 /* P0 or P1 of a form. */
-static inline int dense_plane(const Layer *layer, Form form, int which) {
+static inline int plane_of_form(const Layer *layer, Form form, int which) {
     return form == FORM_MIXED ? which : layer->dense_plane[which];
 }
 
 static inline int words_per_quad(const Layer *layer) {
-    return QUAD / layer->word_operands;
+    return QUAD / layer->format.word_operands;
 }
 
 /* Quads of one chunk; the last may have fewer. */
@@ -146,14 +160,10 @@ static inline int64_t steps_of_chunk(const Layer *layer, int64_t chunk) {
 
 /* Output positions that a job aims at: their sums, for all channels, stay in the core's cache, too. */
 static inline int64_t wanted_positions(const Layer *layer) {
-    enum { SUMS_BYTES = 384 << 10, LEAST = 128, MOST = 2048 };
     int64_t positions = SUMS_BYTES / 4 / (layer->shape.n ? layer->shape.n : 1);
-    return positions < LEAST ? LEAST : positions > MOST ? MOST : positions;
-}
-
-/* The planes are bytes, and signed activations are biased to make them unsigned. */
-static inline bool is_biased(const Layer *layer) {
-    return layer->rule.is_signed && layer->word_operands == 4;
+    return positions < LEAST_JOB_POSITIONS  ? LEAST_JOB_POSITIONS
+           : positions > MOST_JOB_POSITIONS ? MOST_JOB_POSITIONS
+                                            : positions;
 }
 
 static inline int slots_per_quad(const SlotRule *rule) {

@@ -44,9 +44,9 @@ bool seen_settle(const ConvShape *shape, const Source *source, Seen *seen) {
         return false;
     bool *columns = rows + source->height;
     bool reads_all = mark_read(rows, source->height, output_height(shape, source), shape->pad_top, shape->kh,
-                               shape->stride_h, shape->dilation_h);
+                               shape->conv_stride_h, shape->dilation_h);
     reads_all &= mark_read(columns, source->width, output_width(shape, source), shape->pad_left, shape->kw,
-                           shape->stride_w, shape->dilation_w);
+                           shape->conv_stride_w, shape->dilation_w);
     /* An infinity below 0 counts as not finite alone. */
     if (!reads_all || seen->nonfinite)
         *seen = look(source, shape->groups * shape->c, rows, columns, *seen);

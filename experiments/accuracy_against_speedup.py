@@ -20,25 +20,19 @@ from common.tables import markdown, percent
 
 from sysmt.cli.app import say
 from sysmt.cli.options import takes
+from sysmt.config import THREADS_OF, RecalibrationMode
 from sysmt.nn.networks.checkpoints import save_weights
 from sysmt.nn.networks.pruning import make_permanent, prune_model
 from sysmt.nn.networks.training import train
 from sysmt.progress import Bar, progress_bar
-from sysmt.study.evaluate import open_workload
+from sysmt.study.knapsack import harms_of, knapsack_maps
 from sysmt.study.plots.study import plot_accuracy_speedup
-from sysmt.study.search import (
-    SearchConfig,
-    front_table,
-    greedy_maps,
-    harms_of,
-    knapsack_maps,
-    layer_errors,
-    measure_sensitivities,
-    random_maps,
-)
-from sysmt.study.store import NOT_RECALIBRATED, Point, Store
-from sysmt.study.sweep import Bench, uniform
+from sysmt.study.search import SearchConfig, front_table, measure_sensitivities
+from sysmt.study.store import Point, Store
+from sysmt.study.sweep import Bench
+from sysmt.study.thread_maps import greedy_maps, layer_errors, random_maps, uniform
 from sysmt.study.worker import Worker
+from sysmt.study.workload import open_workload
 
 SHARED = ("resnet20", "resnet32")
 RETRAINING_LR = 0.005
@@ -100,7 +94,7 @@ def measure(network: Workload, dots: int, storage: Path, bar: Bar) -> pd.DataFra
     store = Store(storage, network.name, facts=bench.facts(), layers=bench.layers)
     maps = store.noted("maps") or choose_maps(bench, dots)
     store.note("maps", maps)
-    for mode in (NOT_RECALIBRATED, "ema"):
+    for mode in (RecalibrationMode.NONE.value, "ema"):
         store.enqueue([Point(threads, recalibrate=mode) for threads in maps], mode)
     Worker(store, bench.measure, network.config.seed).work(teller(bar, network.name))
     return store.table()
@@ -123,9 +117,9 @@ def layout_of(points: pd.DataFrame) -> str:
     rows = []
     for network, every in points.groupby("network", sort=False):
         table = every.dropna(axis=1, how="all")  # without the other networks' layers
-        layers = [name for name in table.columns if name.startswith("threads of ")]
+        layers = [name for name in table.columns if name.startswith(THREADS_OF)]
         both = table.pivot_table(index=layers, columns="recalibrate", values="top1").dropna()
-        gain = both["ema"] - both[NOT_RECALIBRATED]
+        gain = both["ema"] - both[RecalibrationMode.NONE]
         fast = table[(table["speedup"] > 3) & (table["recalibrate"] == "ema")]
         front = front_table(table)
         at_3x = front[front["speedup"] >= 3].iloc[-1]

@@ -45,7 +45,7 @@ from sysmt.nn.networks.training import evaluate, train
 from sysmt.progress import Bar, progress_bar
 from sysmt.quant.logscale import FORMATS
 from sysmt.study.ledger import Ledger
-from sysmt.study.workload import Subject
+from sysmt.study.workload import OpenWorkload
 
 PARTS = ("figure2", "table3", "retrofit", "memory")
 SHARED = ("resnet20",)
@@ -131,7 +131,7 @@ class _Study:
 
     def __init__(self, network: Workload, quick: bool, changes: Mapping[str, Any], ledger: Ledger) -> None:
         self.network, self.ledger = network, ledger
-        self.subject: Subject = network.open(ledger)
+        self.subject: OpenWorkload = network.open(ledger)
         self.data: ImageData = self.subject.data
         self._original = copy.deepcopy(self.subject.model.state_dict())
         size = self.data.preprocessing.image_size

@@ -22,11 +22,11 @@ from common.points import Key, joined_seeds, measure_float, recalibrated, still_
 from common.tables import markdown, percent, publish
 
 from sysmt.cli.options import takes
+from sysmt.config import RECALIBRATION_MODES
 from sysmt.errors import ConfigError
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots.style import FLOAT_GREY
-from sysmt.study.run_config import RECALIBRATION_MODES
 
 KEYS = ("network", "threads", "mode", "recalibration_images", "seed")
 COUNTS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

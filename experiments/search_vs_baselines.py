@@ -22,13 +22,14 @@ from common.tables import give_or_take, markdown, percent, signed
 
 from sysmt.cli.app import say
 from sysmt.cli.options import takes
+from sysmt.config import THREADS_OF
 from sysmt.progress import Bar, progress_bar
 from sysmt.study.pareto import Reference, held_out_hypervolume, hypervolume, share_covered
 from sysmt.study.plots.study import plot_accuracy_speedup, plot_hypervolume, plot_sensitivities, plot_threads
 from sysmt.study.search import BASELINES, SEARCH, SearchConfig, choose, front_table, run_baselines, run_search
-from sysmt.study.store import LAYER, Store
-from sysmt.study.sweep import Bench, uniform
-from sysmt.study.thread_maps import write_threads_map
+from sysmt.study.store import Store
+from sysmt.study.sweep import Bench
+from sysmt.study.thread_maps import uniform, write_threads_map
 from sysmt.study.worker import Worker
 
 SHARED = ("resnet20", "resnet32")
@@ -166,7 +167,7 @@ def target_networks(network: Workload, runs: list[Run], path: Path) -> pd.DataFr
     rows = []
     for run in runs:
         best = choose(run.points[SEARCH], target_speedup=TARGET_SPEEDUP)
-        picked = {name: int(best[f"{LAYER}{name}"]) for name in run.bench.layers}
+        picked = {name: int(best[f"{THREADS_OF}{name}"]) for name in run.bench.layers}
         write_threads_map(path / f"threads-{network.key}-3x-{run.config.seed}.toml", picked)
         named = {f"searched, {TARGET_SPEEDUP:g}x": picked}
         named |= {

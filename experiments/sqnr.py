@@ -36,7 +36,7 @@ from sysmt.quant.error import sqnr_db
 from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS
-from sysmt.study.workload import Subject
+from sysmt.study.workload import OpenWorkload
 
 KEYS = ("network", "bits", "threads", "run")
 FLOAT, PLAIN, RECALIBRATED, ISOLATED, ROUNDED = (
@@ -131,7 +131,7 @@ def measure(network: Workload, widths: Sequence[int], ledger: Ledger, bar: Bar) 
 def _measure_point(
     point: Key,
     q: QNetwork,
-    subject: Subject,
+    subject: OpenWorkload,
     network: Workload,
     reference: np.ndarray,
     ledger: Ledger,

@@ -29,7 +29,7 @@ from sysmt.study.evaluate import array_facts
 from sysmt.study.ledger import Ledger
 from sysmt.study.plots.style import figure
 from sysmt.study.thread_maps import measure_errors, throttle
-from sysmt.study.workload import Subject
+from sysmt.study.workload import OpenWorkload
 
 KEYS = ("network", "setting", "recalibrated", "seed")
 THREADS = {"FP32": 0, "A8W8": 1, "2T": 2, "4T": 4, "2T†": 2, "4T†": 4}
@@ -95,7 +95,7 @@ def measure(network: Workload, seeds: int, mode: str, ledger: Ledger, bar: Bar) 
                 measurer.add(point | {"throttled": throttled}, sim)
 
 
-def worst_layer(subject: Subject, sim: Simulation, seed: int) -> str:
+def worst_layer(subject: OpenWorkload, sim: Simulation, seed: int) -> str:
     """Return the layer with the highest mean squared error at 4T."""
     loader = subject.training_images(min(ERROR_IMAGES, subject.config.calibration_images), seed)
     sim.set_threads(4)
@@ -106,7 +106,7 @@ def worst_layer(subject: Subject, sim: Simulation, seed: int) -> str:
 class _Measurer:
     """Evaluates one network in the state that it is in, recalibrated or not, and stores the point."""
 
-    def __init__(self, subject: Subject, mode: str, ledger: Ledger, bar: Bar) -> None:
+    def __init__(self, subject: OpenWorkload, mode: str, ledger: Ledger, bar: Bar) -> None:
         self._subject, self._mode, self._ledger, self._bar = subject, mode, ledger, bar
 
     def add(self, point: Mapping[str, Any], sim: Simulation | None) -> None:

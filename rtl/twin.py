@@ -1,4 +1,4 @@
-"""The slot of `sysmt.hw.pe`, in numpy: a million slots at a time, so that the RTL can be fed.
+"""The slots that the RTL is fed with, and their sums: `sysmt.hw.slots`, a million at a time.
 
 It is itself proved against `sysmt.hw.pe.work_slot` in every run, see `prove_twin`.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from sysmt.config import ArrayConfig, Policy
 from sysmt.hw.pe import work_slot
+from sysmt.hw.slots import work_slots
 
 __all__ = [
     "KINDS",
@@ -54,19 +55,6 @@ KINDS = (
 """The slots of bench/slot_bench.v, in its order."""
 
 
-def reduce_values(values: np.ndarray) -> np.ndarray:
-    """Round to multiples of 16, half to even (int32 in, int32 out)."""
-    floor, rest = values >> 4, values & 15
-    up = (rest > 8) | ((rest == 8) & (floor & 1 == 1))
-    rounded: np.ndarray = (floor + up) << 4
-    return rounded
-
-
-def is_wide(values: np.ndarray, signed: bool) -> np.ndarray:
-    """Whether operands need more than 4 bits."""
-    return (values < -8) | (values > 7) if signed else values > 15
-
-
 def slot_values(activations: np.ndarray, weights: np.ndarray, kind: Kind) -> np.ndarray:
     """Sums of many slots.
 
@@ -83,15 +71,7 @@ def slot_values(activations: np.ndarray, weights: np.ndarray, kind: Kind) -> np.
     """
     a = activations[:, : kind.threads].view(np.int8 if kind.signed else np.uint8).astype(np.int32)
     w = weights[:, : kind.threads].view(np.int8).astype(np.int32)
-    active = (a != 0) & (w != 0)
-    count = active.sum(axis=1, keepdims=True)
-    a_wide, w_wide = is_wide(a, kind.signed), is_wide(w, True)
-    needs_both = kind.policy.needs_both_wide
-    reduce_a = a_wide & ((count >= 3) | ((count == 2) & (w_wide if needs_both else True)))
-    reduce_w = w_wide & (count >= 3)
-    products = np.where(reduce_a, reduce_values(a), a) * np.where(reduce_w, reduce_values(w), w)
-    sums: np.ndarray = (products * active).sum(axis=1, dtype=np.int32)
-    return sums
+    return work_slots(a, w, kind.config, kind.signed).value
 
 
 EDGES = np.array([0, 1, 7, 8, 15, 16, 23, 24, 40, 119, 120, 127, 128, 136, 240, 247, 248, 249, 255], np.uint8)

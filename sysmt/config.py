@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
 from sysmt.errors import ConfigError, nearest
 
-__all__ = ["LARGEST_SIDE", "THREAD_COUNTS", "ArrayConfig", "Drain", "Engine", "Policy", "Rounding"]
+__all__ = [
+    "LARGEST_SIDE",
+    "RECALIBRATION_MODES",
+    "THREADS_OF",
+    "THREAD_COUNTS",
+    "ArrayConfig",
+    "Drain",
+    "Engine",
+    "Policy",
+    "RecalibrationMode",
+    "Rounding",
+]
 
 THREAD_COUNTS = (1, 2, 4)
 
 LARGEST_SIDE = 65_536
 """Most rows, and most columns, of an array."""
+
+THREADS_OF = "threads of "
+"""Before a layer's name: the column with its threads, in tables of points."""
 
 
 class Policy(StrEnum):
@@ -80,6 +95,18 @@ class Engine(StrEnum):
     REFERENCE = "reference"
 
 
+class RecalibrationMode(StrEnum):
+    """How the statistics of the batches become BatchNorm's running statistics; ``none`` leaves them alone."""
+
+    NONE = "none"
+    EMA = "ema"
+    CUMULATIVE = "cumulative"
+    FINAL = "final"
+
+
+RECALIBRATION_MODES = tuple(mode for mode in RecalibrationMode if mode is not RecalibrationMode.NONE)
+"""Those that recalibrate."""
+
 _Name = TypeVar("_Name", bound=StrEnum)
 
 
@@ -91,6 +118,14 @@ def parse_name(kind: type[_Name], value: object, field: str) -> _Name:
         allowed = [member.value for member in kind]
         hint = nearest(str(value), allowed)
         raise ConfigError(f"{field}={value!r} is unknown{hint}; allowed: {', '.join(allowed)}") from None
+
+
+def parse_recalibration(value: object, field: str) -> RecalibrationMode:
+    """Turn a name into a mode that recalibrates; raise `ConfigError`, for ``none`` as well."""
+    if value in RECALIBRATION_MODES:
+        return RecalibrationMode(str(value))
+    hint = nearest(str(value), [mode.value for mode in RECALIBRATION_MODES])
+    raise ConfigError(f"{field}={value!r} is unknown{hint}; allowed: {', '.join(RECALIBRATION_MODES)}")
 
 
 def parse_count(value: object, field: str, minimum: int = 1, maximum: int | None = None) -> int:
@@ -108,6 +143,37 @@ def parse_count(value: object, field: str, minimum: int = 1, maximum: int | None
     if maximum is not None and count > maximum:
         raise ConfigError(f"{field}={count} is too large; it must be at most {maximum:,}")
     return count
+
+
+def parse_number(
+    value: object,
+    field: str,
+    what: str,
+    allowed: Callable[[float], bool] = math.isfinite,
+) -> float:
+    """Turn a real number, numpy's and torch's scalars included, into a float; raise `ConfigError` otherwise.
+
+    Parameters
+    ----------
+    value : object
+        Not a truth value, although Python counts those among the integers, and no text.
+    field : str
+        Its name in messages.
+    what : str
+        What is allowed, for messages: "a number in (0, 1]".
+    allowed : callable
+        Whether a finite number is; NaN and infinities never are.
+    """
+    try:
+        kind = str(getattr(value, "dtype", type(value).__name__))
+        if isinstance(value, str | bytes | bytearray) or "bool" in kind or bool(getattr(value, "ndim", None)):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ConfigError(f"{field}={value!r} has type {type(value).__name__}; {what} is needed") from None
+    if not (math.isfinite(number) and allowed(number)):
+        raise ConfigError(f"{field}={value!r} is not possible; {what} is needed")
+    return number
 
 
 def parse_layer_names(given: object, field: str) -> set[str]:

@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "InUseError",
     "OperandError",
     "OutputError",
     "PathError",
@@ -20,6 +21,10 @@ __all__ = [
     "UnsupportedLayerError",
     "WeightsError",
 ]
+
+
+EXIT_INCOMPLETE = 3
+"""Exit code of a command whose result lacks points that were given up."""
 
 
 class SysmtError(Exception):
@@ -60,6 +65,10 @@ class WeightsError(SysmtError, RuntimeError):
 
 class OutputError(SysmtError, OSError):
     """A result that cannot be written where it was asked for."""
+
+
+class InUseError(OutputError):
+    """A directory that another process is writing to; the message says which."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

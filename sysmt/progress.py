@@ -160,8 +160,8 @@ def progress_bar(
 ) -> Iterator[Bar]:
     """Show the progress of the work done inside the ``with`` block, on stderr.
 
-    On a terminal: a bar with rate and time left, gone at the end; bars may be nested. Elsewhere: a
-    line after 10 s and then every 30 s, so that logs stay short and short work stays silent.
+    A terminal gets a bar with rate and time left, which is gone at the end; bars may be nested. Anything else
+    gets a line after 10 s and then every 30 s, so that logs stay short and short work stays silent.
 
     Parameters
     ----------

@@ -16,7 +16,8 @@ SYSMT_SANITIZE=address,undefined "$python" setup.py -q build --build-base "$base
 echo "ASan + UBSan: tests of the kernels on every path"
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-    PYTHONPATH="$base/lib" "$python" -P -m pytest -q -p no:cacheprovider tests/hw/test_fast.py tests/hw/test_kernels.py
+    PYTHONPATH="$base/lib" "$python" -P -m pytest -q -p no:cacheprovider tests/hw/test_fast.py tests/hw/test_kernels.py \
+    tests/hw/test_forced_paths.py
 
 if ! command -v valgrind >/dev/null; then
     echo "valgrind is not installed: skipped"

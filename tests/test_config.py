@@ -1,9 +1,12 @@
 import dataclasses
+import fractions
+import math
 
 import numpy as np
 import pytest
 
 from sysmt import ArrayConfig, ConfigError, Drain, Policy, Rounding
+from sysmt.config import parse_number
 from sysmt.hw.timing import gemm_cycles
 
 
@@ -82,3 +85,21 @@ def test_cycles_by_hand(drain, threads, cycles):
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
 def test_no_tiles_no_cycles(drain, shape):
     assert gemm_cycles(*shape, ArrayConfig(drain=drain)) == 0
+
+
+@pytest.mark.parametrize(
+    "value", [1, 0.5, np.float32(0.5), np.int64(1), np.array(0.5), fractions.Fraction(1, 2)]
+)
+def test_numbers_of_every_kind_become_floats(value):
+    number = parse_number(value, "share", "a number in (0, 1]", lambda share: 0 < share <= 1)
+    assert type(number) is float
+    assert number == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, np.True_, np.array(True), "1", b"1", None, 1j, [1], np.ones(1), 10**400, 0, 2, math.nan, math.inf],
+)
+def test_what_is_no_number_of_the_range_is_refused_by_name(value):
+    with pytest.raises(ConfigError, match=r"share=.*a number in \(0, 1\] is needed"):
+        parse_number(value, "share", "a number in (0, 1]", lambda share: 0 < share <= 1)

@@ -1,6 +1,7 @@
 """The house rules that a machine can check: imports go down only, and the public names exist."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ import sysmt
 PACKAGE = Path(sysmt.__file__).parent
 
 # What each room may import from sysmt, besides itself. Ground-floor modules are importable by all.
-GROUND = {"config", "errors", "files", "progress"}
+GROUND = {"archives", "config", "errors", "files", "progress"}
 MACHINE = {"hw", "cost", "scalesim"}
-PASSES = {"nn.passes", "nn.torchvision_import"}
+PASSES = {"nn.passes", "nn.torchvision_import", "nn.own_code"}
 MAY_IMPORT = {
     "hw": set(),
     "cost": {"hw"},
@@ -22,6 +23,7 @@ MAY_IMPORT = {
     "quant": set(),
     "nn.passes": set(),
     "nn.torchvision_import": set(),
+    "nn.own_code": {"nn.torchvision_import"},
     "nn.data": PASSES,
     "nn.batchnorm": PASSES | {"quant"},
     "nn.networks": PASSES | {"quant", "nn.data", "nn.batchnorm"},
@@ -92,6 +94,26 @@ def test_imports_go_down_only(path):
 def test_every_room_is_known():
     rooms = {room_of(path) for path in modules()} - {"__init__"}
     assert rooms <= set(MAY_IMPORT)
+
+
+def imports_by_module():
+    """For each module the modules that it imports anywhere, for type hints and inside functions too."""
+    paths = {module_named(path): path for path in modules() if path.suffix in (".py", ".pyx")}
+    imports = {}
+    for module, path in paths.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())) if path.suffix == ".py" else ():
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                children = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= children & paths.keys() or {node.module}
+        imports[module] = found & paths.keys() - {module}
+    return imports
+
+
+def test_no_module_imports_itself_through_others():
+    graphlib.TopologicalSorter(imports_by_module()).prepare()  # raises CycleError, which names the circle
 
 
 def test_all_names_exist_and_are_sorted():

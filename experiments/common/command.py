@@ -11,8 +11,8 @@ import typer
 
 from sysmt.cli import options
 from sysmt.cli.app import say
+from sysmt.config import RECALIBRATION_MODES
 from sysmt.errors import ConfigError, SysmtError, nearest
-from sysmt.study.run_config import RECALIBRATION_MODES
 
 OPTIONS = (
     *options.NETWORK,

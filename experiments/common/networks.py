@@ -10,7 +10,7 @@ from common import preset as presets
 from sysmt.errors import ConfigError
 from sysmt.study.ledger import Ledger
 from sysmt.study.run_config import RunConfig
-from sysmt.study.workload import Subject
+from sysmt.study.workload import OpenWorkload
 
 QUICK = {"images": 200, "calibration_images": 256, "recalibration_images": 512}
 """What ``--quick`` makes of these options where they are not given."""
@@ -53,10 +53,10 @@ class Workload:
         record = dict.fromkeys(_REMARKS, "none") | self.config.to_record()
         return {name: record[name] for name in _REMARKS}
 
-    def open(self, ledger: Ledger) -> Subject:
+    def open(self, ledger: Ledger) -> OpenWorkload:
         """Open it, and make sure that the points in `ledger` are its own."""
         self.prepare()
-        subject = Subject(self.config)
+        subject = OpenWorkload(self.config)
         ledger.identify(self.name, subject.identity())
         return subject
 

@@ -14,7 +14,7 @@ from sysmt.nn.batchnorm.recalibration import RecalibrationReport
 from sysmt.progress import Bar
 from sysmt.study.evaluate import paired_difference
 from sysmt.study.ledger import Ledger
-from sysmt.study.workload import Subject
+from sysmt.study.workload import OpenWorkload
 
 Key = dict[str, Any]
 """What tells a point from all others: a value for each of the experiment's keys."""
@@ -33,7 +33,7 @@ def still_missing(points: Sequence[Key], ledger: Ledger, bar: Bar) -> list[Key]:
 
 
 def measure_float(
-    missing: list[Key], subject: Subject, ledger: Ledger, bar: Bar, what: str = "float"
+    missing: list[Key], subject: OpenWorkload, ledger: Ledger, bar: Bar, what: str = "float"
 ) -> None:
     """Measure the network in float, if its point (0 threads) is the first of `missing`, and take that off."""
     if missing and missing[0]["threads"] == 0:
@@ -43,7 +43,7 @@ def measure_float(
 
 
 def recalibrated(
-    again: bool, subject: Subject, mode: str, images: int, seed: int
+    again: bool, subject: OpenWorkload, mode: str, images: int, seed: int
 ) -> contextlib.AbstractContextManager[RecalibrationReport | None]:
     """Recalibrate the network's BatchNorm for a while, or leave it as it is."""
     return subject.recalibrated(mode, images, seed) if again else contextlib.nullcontext()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -47,8 +49,9 @@ class Commands(TyperGroup):
         """Run one command line."""
         given = [*_with_values(sys.argv[1:] if args is None else args)]
         debug = "--debug" in given
+        received: list[int] = []
         try:
-            with _warnings_in_one_line():
+            with _warnings_in_one_line(), _signals_as_ctrl_c() as received:
                 code = super().main(
                     [word for word in given if word != "--debug"],
                     prog_name,
@@ -74,7 +77,8 @@ class Commands(TyperGroup):
             _fail(f"{error.format_message()}{hint}")
             code = EXIT_ERROR
         if code == EXIT_INTERRUPTED:
-            _fail("interrupted")
+            _fail(f"interrupted by {signal.Signals(received[0]).name}" if received else "interrupted")
+            code = 128 + received[0] if received else code
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
@@ -91,7 +95,8 @@ def root(
 
     `sysmt run` alone measures a small network on handwritten digits. Results are tables (CSV), plots
     (PNG) and the configuration (TOML) in a directory of the run's own. Exit codes: 0 done,
-    2 something is wrong, 130 interrupted; what was measured until then is kept.
+    2 something is wrong, 3 done but for points that were given up, 130 interrupted (143 by SIGTERM,
+    129 by SIGHUP); what was measured until then is kept.
     """
     del debug  # taken out of the line before it is parsed
     if version:
@@ -113,6 +118,29 @@ def _with_values(args: Sequence[str]) -> Iterator[str]:
     """Spell out the values of options that stand bare."""
     for word, following in itertools.pairwise([*args, "--"]):
         yield f"{word}={_BARE[word]}" if word in _BARE and following.startswith("-") else word
+
+
+@contextlib.contextmanager
+def _signals_as_ctrl_c() -> Iterator[list[int]]:
+    """End on SIGTERM and SIGHUP as on Ctrl-C, writing what there is; yield the signals that came."""
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+        raise KeyboardInterrupt
+
+    handled = []
+    if threading.current_thread() is threading.main_thread():
+        # Who ignores a signal, as under nohup, or has a handler of their own, keeps it.
+        handled = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+    for one in handled:
+        signal.signal(one, interrupt)
+    try:
+        yield received
+    finally:
+        for one in handled:
+            signal.signal(one, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

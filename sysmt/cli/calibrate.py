@@ -50,7 +50,7 @@ def calibrate(
     if config.recalibrate is not None:
         job.sim.set_threads(threads)
         job.recalibrate(f"{threads}T")
-        notes |= {"recalibrated": config.recalibrate, "recalibrated_threads": threads}
+        notes |= {"recalibrated": config.recalibrate.value, "recalibrated_threads": threads}
         job.notes.append(f"BatchNorm recalibrated ({config.recalibrate}) at {threads}T")
     save_calibration(job.sim, out, notes)
     for note in job.notes:

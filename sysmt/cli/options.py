@@ -22,9 +22,11 @@ __all__ = [
     "MACHINE",
     "NETWORK",
     "StudyName",
+    "StudyNew",
     "StudyOut",
     "StudyOverwrite",
     "StudyPlots",
+    "StudyRetry",
     "StudyStorage",
     "config_values",
     "study_option",
@@ -48,19 +50,19 @@ _OPTIONS: dict[str, Any] = {
     "model": _option(
         str,
         _NETWORK,
-        "Network: digits, resnet20, resnet32 .. resnet110, mobilenet_v1, or torchvision's name.",
+        "Network: digits32, digits, resnet20 .. resnet110, mobilenet_v1, or torchvision's name.",
     ),
     "weights": _option(
         str | None,
         _NETWORK,
         "Checkpoint: a path, torchvision:NAME, or random (where only cycles matter).",
-        show_default="digits: trained on the spot and kept",
+        show_default="digits32 and digits: trained on the spot and kept",
     ),
     "data": _option(
         str | None,
         _NETWORK,
-        "Images: digits, cifar10:DIR, npz:FILE or imagefolder:DIR.",
-        show_default="digits, for the model digits",
+        "Images: digits32, digits, cifar10:DIR, npz:FILE or imagefolder:DIR.",
+        show_default="digits32 and digits, for the models of these names",
     ),
     "train_data": _option(
         str | None,
@@ -68,7 +70,9 @@ _OPTIONS: dict[str, Any] = {
         "Training images, where --data has none; same forms.",
         show_default="those of --data",
     ),
-    "preprocessing": _option(str, _NETWORK, "auto (by image size), cifar, small, imagenet or digits."),
+    "preprocessing": _option(
+        str, _NETWORK, "auto (by image size), cifar, small, imagenet, digits or digits32."
+    ),
     "image_size": _option(
         int | None,
         _NETWORK,
@@ -195,6 +199,16 @@ StudyStorage = Annotated[
 ]
 StudyName = Annotated[
     str | None, study_option("Name of the study in its storage.", show_default="COMMAND MODEL")
+]
+StudyNew = Annotated[
+    bool,
+    study_option(
+        "Without --out, begin another study although one of the same configuration was stopped.",
+        show_default=False,
+    ),
+]
+StudyRetry = Annotated[
+    bool, study_option("Take up again the points that ended three workers each.", show_default=False)
 ]
 StudyPlots = Annotated[bool, study_option("Draw the plots.")]
 

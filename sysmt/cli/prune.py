@@ -61,8 +61,8 @@ def prune(
     from sysmt.nn.networks.checkpoints import save_weights
     from sysmt.nn.networks.pruning import make_permanent, prune_and_retrain, prune_model, sparsity_report
     from sysmt.nn.networks.training import evaluate, train
-    from sysmt.study.evaluate import open_workload
     from sysmt.study.run_directory import check_writable
+    from sysmt.study.workload import open_workload
 
     check_writable(out)
     model, data = open_workload(config)

@@ -62,16 +62,13 @@ def run(
 
     recorded, made_by = study.read_config(config) if config is not None else ({}, {})
     settings = RunConfig.from_record(recorded | chosen, str(config) if config else "")
-    directory = RunDirectory(out, name=f"run-{settings.model}", overwrite=overwrite, stale=study.FILES)
-    try:
+    with RunDirectory(out, name=f"run-{settings.model}", overwrite=overwrite, stale=study.FILES) as directory:
         job = Job(settings)
         if config is not None:
             study.warn_of_differences(job, made_by, config)
         said = _say_notes(job.notes, 0)
         outcome = study.run_job(job, directory, plots)
         _say_notes(job.notes, said)
-    finally:
-        directory.remove_if_empty()
     if outcome.measurements:
         print_results(outcome.measurements)
         say(f"results {'so far ' if outcome.error else ''}are in {directory.path}")
@@ -105,9 +102,9 @@ def print_results(measurements: list[Measurement]) -> None:
                 _number(row["latency_ms"], "{:.4g}"),
                 _number(row["array_images_per_second"], "{:,.0f}"),
             ]
-        rows.append([*cells, f"{row['images_per_second']:,.0f}"])
+        rows.append(cells)
     images = measurements[0].evaluation.images
-    print_table([*header, "simulated\nimages/s"], rows, caption=f"{images} test images")
+    print_table(header, rows, caption=f"{images} test images")
 
 
 def _difference(difference: float, standard_error: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,15 +16,18 @@ from sysmt.cli.options import (
     MACHINE,
     NETWORK,
     StudyName,
+    StudyNew,
     StudyOut,
     StudyOverwrite,
     StudyPlots,
+    StudyRetry,
     StudyStorage,
     takes,
 )
-from sysmt.cli.sweep import points_to_float, print_points
+from sysmt.cli.sweep import end_if_incomplete, points_to_float, print_points, say_start
+from sysmt.config import THREAD_COUNTS, THREADS_OF, RecalibrationMode, parse_name
 from sysmt.errors import ConfigError
-from sysmt.study.run_config import RECALIBRATION_MODES, RunConfig
+from sysmt.study.run_config import RunConfig
 
 __all__ = ["search"]
 
@@ -71,6 +75,8 @@ def search(
     overwrite: StudyOverwrite = False,
     storage: StudyStorage = None,
     study: StudyName = None,
+    new: StudyNew = False,
+    retry_failed: StudyRetry = False,
     plots: StudyPlots = True,
 ) -> None:
     """Find threads for each layer: the best accuracy for every speedup.
@@ -82,10 +88,12 @@ def search(
     """
     if target_speedup is not None and max_drop is not None:
         raise ConfigError("pick by --target-speedup or by --max-drop, not by both")
-    if recalibrate not in (*RECALIBRATION_MODES, "none"):
-        raise ConfigError(
-            f"recalibrate={recalibrate!r} is unknown; allowed: none, {', '.join(RECALIBRATION_MODES)}"
-        )
+    most = float(max(THREAD_COUNTS))
+    if target_speedup is not None and not 1 <= target_speedup <= most:
+        raise ConfigError(f"target_speedup={target_speedup} cannot be reached; it must be in [1, {most:g}]")
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise ConfigError(f"max_drop={max_drop} is out of range; it must be in [0, 100] percentage points")
+    mode = parse_name(RecalibrationMode, recalibrate, "recalibrate")
     config = RunConfig.from_record(chosen)
     from sysmt.study.search import SearchConfig, choose, front_table
     from sysmt.study.session import Session
@@ -96,30 +104,40 @@ def search(
         sensitivity_images=sensitivity_images,
         policy=config.policy,
         sparsity=config.prune or 0.0,
-        recalibrate=recalibrate,
+        recalibrate=mode,
         seed=config.seed,
     )
     session = Session(
-        "search", config, out=out, storage=storage, study=study, overwrite=overwrite, held_out=held_out
+        "search",
+        config,
+        out=out,
+        storage=storage,
+        study=study,
+        overwrite=overwrite,
+        held_out=held_out,
+        asked=dataclasses.asdict(plan) | {"baselines": baselines},
+        new=new,
     )
-    for note in session.bench.notes:
-        say(note, "dim")
-    try:
-        points = session.search(plan, baselines)
-    finally:
-        say(f"the study is in {session.store.shown_url}; results are in {session.directory.path}")
-    if plots:
-        session.draw()
-    print_points(front_table(points))
-    if target_speedup is not None or max_drop is not None:
-        row = choose(points, target_speedup=target_speedup, max_drop=max_drop)
-        say_choice(row, points, session.keep_choice(row))
+    with session:
+        say_start(session)
+        try:
+            points = session.search(plan, baselines, retry_failed)
+        finally:
+            say(f"the study is in {session.store.shown_url}; results are in {session.directory.path}")
+        if plots:
+            session.draw()
+        left_out = session.store.left_out()
+        print_points(front_table(points), left_out)
+        if target_speedup is not None or max_drop is not None:
+            row = choose(points, target_speedup=target_speedup, max_drop=max_drop)
+            say_choice(row, points, session.keep_choice(row))
+    end_if_incomplete(left_out)
 
 
 def say_choice(row: dict[str, Any], points: Any, path: Path) -> None:
     """Say what the picked network costs, and what the uniform ones would."""
     print(f"picked: {_described(row)}; its threads are in {path}")
-    columns = [name for name in points.columns if name.startswith("threads of ")]
+    columns = [name for name in points.columns if name.startswith(THREADS_OF)]
     for _, other in points[points[columns].nunique(axis=1) == 1].sort_values("speedup").iterrows():
         print(f"uniform {int(other[columns[0]])}T: {_described(other)}")
 

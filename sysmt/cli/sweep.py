@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,15 +20,17 @@ from sysmt.cli.options import (
     MACHINE,
     NETWORK,
     StudyName,
+    StudyNew,
     StudyOut,
     StudyOverwrite,
     StudyPlots,
+    StudyRetry,
     StudyStorage,
     study_option,
     takes,
 )
-from sysmt.config import parse_count
-from sysmt.errors import ConfigError
+from sysmt.config import THREADS_OF, parse_count
+from sysmt.errors import EXIT_INCOMPLETE, ConfigError
 from sysmt.study.run_config import RunConfig
 
 __all__ = ["sweep"]
@@ -96,6 +103,12 @@ def sweep(
             "Write the points also to this CSV.", metavar="FILE", show_default="points.csv in --out"
         ),
     ] = None,
+    new: StudyNew = False,
+    retry_failed: StudyRetry = False,
+    helper: Annotated[
+        bool,
+        study_option("Read the storage from stdin, and end once that closes: for --workers.", hidden=True),
+    ] = False,
     plots: StudyPlots = True,
 ) -> None:
     """Evaluate many settings of a network: thread maps x policies x sparsities x recalibration.
@@ -109,7 +122,7 @@ def sweep(
     if export is not None:
         check_writable(export)
     if join is not None:
-        _join(join, study, chosen, export)
+        _join(_from_parent() if helper else join, study, chosen, export, retry_failed)
         return
     from sysmt.study.session import Session
     from sysmt.study.sweep import Sweep
@@ -124,62 +137,90 @@ def sweep(
         recalibrate=_words(recalibrate) if recalibrate else (),
     )
     workers = parse_count(workers, "workers")
-    session = Session("sweep", config, out=out, storage=storage, study=study, overwrite=overwrite)
-    _say_start(session)
-    try:
-        table = session.sweep(plan, workers)
-    finally:
-        say(f"the study is in {session.store.shown_url}; results are in {session.directory.path}")
-    if export is not None:
-        table.to_csv(export, index=False)
-    if plots and len(table):
-        session.draw()
-    print_points(table)
-    _say_failures(session.store)
+    session = Session(
+        "sweep",
+        config,
+        out=out,
+        storage=storage,
+        study=study,
+        overwrite=overwrite,
+        asked=dataclasses.asdict(plan),
+        new=new,
+    )
+    with session:
+        say_start(session)
+        try:
+            table = session.sweep(plan, workers, retry_failed)
+        finally:
+            say(f"the study is in {session.store.shown_url}; results are in {session.directory.path}")
+        if export is not None:
+            table.to_csv(export, index=False)
+        if plots and len(table) and not session.helps:
+            session.draw()
+        left_out = session.store.left_out()
+        print_points(table, left_out)
+    end_if_incomplete(left_out)
 
 
-def _join(storage: str, study: str | None, chosen: dict[str, Any], export: Path | None) -> None:
+def _from_parent() -> str:
+    """Read the storage's URL from the process that started this one; end as by SIGTERM once that is gone."""
+    storage = sys.stdin.readline().rstrip("\n")
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return storage
+
+
+def _join(
+    storage: str, study: str | None, chosen: dict[str, Any], export: Path | None, retry_failed: bool
+) -> None:
     from sysmt.progress import progress_bar
     from sysmt.study.session import join
     from sysmt.study.store import Store
 
     with progress_bar("points evaluated here", unit="points") as bar:
-        done = join(storage, study, chosen, lambda point, measured: bar.advance())
+        done = join(storage, study, chosen, lambda point, measured: bar.advance(), retry_failed)
     store = Store(storage, study)
     say(f"{done} points were evaluated here; the study has {len(store.table())}")
     if export is not None:
         store.table().to_csv(export, index=False)
-    _say_failures(store)
+    end_if_incomplete(store.left_out())
 
 
-def _say_start(session: Any) -> None:
+def say_start(session: Any) -> None:
+    """Say what was decided, and whether a study is gone on with."""
     for note in session.bench.notes:
         say(note, "dim")
     counts = session.store.counts()
-    if session.goes_on or counts["complete"]:
-        say(f"going on with {counts['complete']} finished points", "dim")
+    if session.helps:
+        say(f"another process is working on {session.directory.path}; helping it", "dim")
+    elif session.goes_on or counts["complete"]:
+        say(f"going on with {counts['complete']} finished points in {session.directory.path}", "dim")
 
 
-def _say_failures(store: Any) -> None:
-    failed = store.counts()["failed"]
-    if failed:
-        say(
-            f"warning: {failed} points ended three workers each and are left out; run again to retry",
-            "yellow",
-        )
+def end_if_incomplete(left_out: Any) -> None:
+    """End with an exit code of its own if points are missing from the result, saying how many and why."""
+    if not len(left_out):
+        return
+    why = ", ".join(dict.fromkeys(left_out["reason"]))
+    points = "1 point is" if len(left_out) == 1 else f"{len(left_out)} points are"
+    say(f"incomplete: {points} left out ({why}); --retry-failed takes up those that were given up", "yellow")
+    raise typer.Exit(EXIT_INCOMPLETE)
 
 
-def print_points(table: Any, most: int = 40) -> None:
-    """Print the points of a study, fastest first."""
+def print_points(table: Any, left_out: Any = (), most: int = 40) -> None:
+    """Print the points of a study, fastest first, and those that are left out."""
     rows, judged = [], "held_out_top1" in table
+    if not len(table):
+        table = left_out[:0]
     for row in table.sort_values("speedup", ascending=False).head(most).to_dict("records"):
-        threads = [int(value) for key, value in row.items() if key.startswith("threads of ")]
         rows.append(
             [
-                "/".join(f"{threads.count(count)}x{count}T" for count in (1, 2, 4) if count in threads),
-                row["policy"],
-                f"{100 * row['sparsity']:.0f}",
-                row["recalibrate"],
+                *_setting(row),
                 f"{row['speedup']:.2f}x",
                 f"{row['network_speedup_cycles']:.2f}x",
                 f"{100 * row['top1']:.2f}",
@@ -188,6 +229,8 @@ def print_points(table: Any, most: int = 40) -> None:
                 f"{100 * row['collision_rate']:.1f}",
             ]
         )
+    for row in left_out.to_dict("records") if len(left_out) else ():
+        rows.append([*_setting(row), "left out", *["-"] * (5 if judged else 4)])
     header = [
         "layers",
         "policy",
@@ -198,10 +241,17 @@ def print_points(table: Any, most: int = 40) -> None:
         "top-1\n%",
         "vs float\npoints ± s.e.",
     ]
-    shown = f"{len(rows)} of {len(table)} points, fastest first" if len(rows) < len(table) else ""
+    shown = f"{most} of {len(table)} points, fastest first" if most < len(table) else ""
     if judged:
         header.append("held out\npoints ± s.e.")
     print_table([*header, "collisions\n%"], rows, caption=shown)
+
+
+def _setting(row: Any) -> list[str]:
+    """Write what a point is: its threads, policy, sparsity and recalibration."""
+    threads = [int(value) for key, value in row.items() if key.startswith(THREADS_OF)]
+    layers = "/".join(f"{threads.count(count)}x{count}T" for count in (1, 2, 4) if count in threads)
+    return [layers, row["policy"], f"{100 * row['sparsity']:.0f}", row["recalibrate"]]
 
 
 def points_to_float(row: Any, kind: str) -> str:

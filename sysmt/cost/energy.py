@@ -21,6 +21,7 @@ from sysmt.config import THREAD_COUNTS, ArrayConfig
 from sysmt.cost.events import EventCounts
 from sysmt.cost.memory import Memory
 from sysmt.errors import ConfigError, nearest
+from sysmt.files import read_toml
 
 __all__ = ["TABLES", "EnergyTable", "EventTable", "RatioTable", "accelergy_yaml", "load_table"]
 
@@ -163,18 +164,11 @@ def load_table(name_or_path: str | Path = "45nm") -> EnergyTable:
     if name_or_path in TABLES:
         file = importlib.resources.files("sysmt.cost").joinpath(TABLES[str(name_or_path)])
         return _parse(tomllib.loads(file.read_text(encoding="utf-8")), str(name_or_path))
-    try:
-        record = tomllib.loads(Path(name_or_path).read_text(encoding="utf-8"))
-    except OSError as error:
+    if not os.path.isfile(name_or_path):
         names = ", ".join(TABLES)
         hint = "" if os.sep in str(name_or_path) else nearest(str(name_or_path), TABLES)
-        raise ConfigError(
-            f"energy table {str(name_or_path)!r} is neither {names}{hint} nor a file that can be read: "
-            f"{error.strerror or error}"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"energy table {name_or_path} is no TOML: {error}") from error
-    return _parse(record, str(name_or_path))
+        raise ConfigError(f"energy table {str(name_or_path)!r} is neither {names}{hint} nor a file")
+    return _parse(read_toml(name_or_path), str(name_or_path))
 
 
 def _parse(record: dict[str, Any], where: str) -> EnergyTable:

@@ -7,6 +7,7 @@ def path_names() -> tuple[str, ...]: ...
 class Layer:
     is_timed: bool
     nanoseconds: tuple[int, ...]
+    ran_on: str | None
     def __init__(
         self,
         path: str,

@@ -34,7 +34,7 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct ConvShape:
         int64_t groups, n, c, kh, kw
-        int64_t stride_h, stride_w
+        int64_t conv_stride_h, conv_stride_w
         int64_t pad_top, pad_bottom, pad_left, pad_right
         int64_t dilation_h, dilation_w
 
@@ -60,13 +60,18 @@ cdef extern from "kernels.h" nogil:
         int64_t reduced_activations, reduced_weights
         bint saw_nonfinite, saw_negative, is_timed
         int64_t nanoseconds[TIMES]
+        const char *ran_on
+
+    ctypedef struct VectorOps:
+        pass
 
     ctypedef struct CLayer "Layer":
         pass
 
     ctypedef struct Path:
         const char *name
-        CLayer *(*pack)(const ConvShape *, const SlotRule *, const int8_t *, const int32_t *) noexcept nogil
+        const VectorOps *ops
+        CLayer *(*pack)(const VectorOps *, const ConvShape *, const SlotRule *, const int8_t *, const int32_t *) noexcept nogil
         bint (*run)(const CLayer *, const Source *, const Sink *, int, bint, Outcome *) noexcept nogil
         size_t (*weight_bytes)(const CLayer *) noexcept nogil
         void (*release)(CLayer *) noexcept nogil
@@ -112,19 +117,20 @@ cdef class Layer:
     cdef SlotRule rule
     cdef public bint is_timed
     cdef readonly tuple nanoseconds
+    cdef readonly str ran_on
 
     def __cinit__(self, str path, tuple shape, dict rule, cnp.ndarray weights, cnp.ndarray k_of):
         cdef ConvShape *s = &self.shape
         self.path = find_path(path)
         (
-            s.groups, s.n, s.c, s.kh, s.kw, s.stride_h, s.stride_w,
+            s.groups, s.n, s.c, s.kh, s.kw, s.conv_stride_h, s.conv_stride_w,
             s.pad_top, s.pad_bottom, s.pad_left, s.pad_right, s.dilation_h, s.dilation_w,
         ) = shape
         self.rule = rule  # Cython converts a dict with just these keys
         cdef const int8_t *weight_data = <const int8_t *>cnp.PyArray_DATA(weights)
         cdef const int32_t *k_data = <const int32_t *>cnp.PyArray_DATA(k_of)
         with nogil:
-            self.layer = self.path.pack(&self.shape, &self.rule, weight_data, k_data)
+            self.layer = self.path.pack(self.path.ops, &self.shape, &self.rule, weight_data, k_data)
         if self.layer == NULL:
             raise MemoryError("no memory for a layer's packed weights")
 
@@ -175,6 +181,7 @@ cdef class Layer:
         if not done:
             raise MemoryError("no memory for a layer's packed activations")
         self.nanoseconds = tuple(outcome.nanoseconds[i] for i in range(TIMES))
+        self.ran_on = None if outcome.ran_on == NULL else outcome.ran_on.decode()
         return (
             tuple(outcome.active[c] for c in range(self.rule.threads + 1)),
             outcome.reduced_activations,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,14 +47,21 @@ class GemmResult:
 
 def gemm_stats(counters: Counters, m: int, n: int, k: int, config: ArrayConfig, count: int = 1) -> GemmStats:
     """Join the counters of `count` equal-sized M x N x K GEMMs with their work and cycles."""
+    cycles, single_thread_cycles = _cycles(m, n, k, config)
     return GemmStats(
         counters.active,
         counters.reduced_activations,
         counters.reduced_weights,
         macs=count * m * n * k,
-        cycles=count * gemm_cycles(m, n, k, config),
-        single_thread_cycles=count * gemm_cycles(m, n, k, config.replace(threads=1)),
+        cycles=count * cycles,
+        single_thread_cycles=count * single_thread_cycles,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _cycles(m: int, n: int, k: int, config: ArrayConfig) -> tuple[int, int]:
+    """Cycles as configured and at T = 1; looked up, since networks ask for the same few at every forward."""
+    return gemm_cycles(m, n, k, config), gemm_cycles(m, n, k, config.replace(threads=1))
 
 
 def simulate_gemm(

@@ -6,7 +6,6 @@ Arrays are checked here; csrc/ computes. Every path gives the same bits, whateve
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,6 +33,8 @@ __all__ = [
 
 TIMES = ("stage", "count", "pack", "multiply", "store")
 """What the vector paths spend their time on, in csrc/'s order."""
+
+_LEAST_SCALE, _LARGEST_SCALE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -391,7 +392,7 @@ class PackedConv:
         cpu_threads: int = 1,
         count: bool = True,
     ) -> ConvResult:
-        """Quantise, convolve on the array and dequantise (NBSMT.md, "Quantisation used by the papers").
+        """Quantise, convolve on the array and dequantise (docs/semantics.md, "Quantisation").
 
         Parameters
         ----------
@@ -511,9 +512,9 @@ class PackedConv:
 
     def _inverse(self, scale_a: float) -> float:
         scale = float(scale_a)
-        inverse = ctypes.c_float(1.0 / scale).value if scale > 0 else 0.0  # rounded to float32
-        if not 0 < inverse < math.inf:
+        if not _LEAST_SCALE <= scale <= _LARGEST_SCALE:
             raise OperandError(
-                f"scale_a={scale_a!r} must be above 0, and so must its inverse in float32, and finite"
+                f"scale_a={scale_a!r} is no scale: a positive, finite, normal float32 is needed "
+                f"({_LEAST_SCALE:.3g} to {_LARGEST_SCALE:.2g})"
             )
-        return inverse
+        return ctypes.c_float(1.0 / scale).value  # rounded to float32

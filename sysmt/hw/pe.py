@@ -1,7 +1,8 @@
-"""One slot of one PE: what the shared multiplier does in one cycle. THE reference.
+"""One slot of one PE: what the shared multiplier does in one cycle. This is the reference.
 
 Everything else in `sysmt.hw` computes exactly this, faster. Squeezing is described in Shomron &
-Weiser, "Non-Blocking Simultaneous Multithreading" (MICRO 2020, arXiv 2004.09309), section 3.
+Weiser, "Non-Blocking Simultaneous Multithreading" (MICRO 2020, arXiv 2004.09309), section 3; what
+they leave open is fixed in docs/semantics.md, with slots worked by hand.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def reduce(value: int, signed: bool, config: ArrayConfig) -> int:
     """Keep the 4 high bits of an operand, rounded: a multiple of 16, unclipped unless `saturate`."""
     if config.rounding is Rounding.TRUNCATE:
         return value // 16 * 16
-    high = round(value / 16) * 16  # Python rounds halves to even, as the specification does
+    high = round(value / 16) * 16  # Python rounds halves to even, as docs/semantics.md has it
     return min(high, 112 if signed else 240) if config.saturate else high
 
 

@@ -1,4 +1,4 @@
-"""Every output through `pe.py`, slot by slot: slow and obvious."""
+"""The reference engine: it sends every output through `pe.py`, slot by slot. It is slow and obvious."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One tile under the magnifying glass: every PE in every cycle, as CSV and as VCD.
+"""One tile, cycle by cycle: what every PE does, as CSV and as VCD.
 
 The cycle engine runs the tile and says how busy the array is; what each PE holds in each cycle is replayed
 beside it, register by register, and must agree with the engine, cycle by cycle and PE by PE.
@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from vcd import VCDWriter
 
-from sysmt.config import ArrayConfig, Rounding, parse_count
+from sysmt.config import ArrayConfig, parse_count
 from sysmt.errors import ConfigError
 from sysmt.hw import cycle
 from sysmt.hw.activity import Activity
 from sysmt.hw.operands import apply_order, check_operands, split_threads
+from sysmt.hw.slots import work_slots
 
 __all__ = ["TileCycle", "TileTrace", "trace_tile"]
 
@@ -120,49 +121,22 @@ class TileTrace:
             held = np.clip(at, 0, slots - 1)
             a_rct = a_ltm[held, :, row] * working[..., None]
             b_rct = b_ltn[held, :, col] * working[..., None]
-            value, active, reduced_a, reduced_b = self._work(a_rct, b_rct)
+            slots_rc = work_slots(a_rct, b_rct, self.config, self.a_mtl.dtype == np.int8)
+            active = _bits(slots_rc.active)
             if draining:
                 accumulator = np.vstack([np.zeros((1, cols), np.int64), accumulator[:-1]])
-            accumulator = accumulator + value
+            accumulator = accumulator + slots_rc.value
             yield TileCycle(
                 tick,
                 draining,
                 np.where(working, at, -1),
                 _packed(a_rct, b_rct),
                 active,
-                reduced_a,
-                reduced_b,
+                _bits(slots_rc.reduced_activations),
+                _bits(slots_rc.reduced_weights),
                 _ones(active) > 1,
                 accumulator.astype(np.int32),
             )
-
-    def _work(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Let all PEs work on the operands (R, C, T) they hold, as `sysmt.hw.pe.work_slot` does."""
-        policy, signed = self.config.policy, self.a_mtl.dtype == np.int8
-        pair = (a != 0) & (b != 0)
-        active = pair.sum(axis=2, keepdims=True)
-        contenders = active if policy.skips_zeros else np.full_like(active, self.config.threads)
-        a_wide = pair & (policy.reduces_always | self._is_wide(a, signed))
-        b_wide = pair & (policy.reduces_always | self._is_wide(b, True))
-        first, second = (a_wide, b_wide) if policy.reduced_operand == "activation" else (b_wide, a_wide)
-        gives = (contenders == 2) & first & (second if policy.needs_both_wide else True)
-        many = contenders >= 3
-        reduces_a = (many & a_wide) | (gives if policy.reduced_operand == "activation" else False)
-        reduces_b = (many & b_wide) | (gives if policy.reduced_operand == "weight" else False)
-        used_a = np.where(reduces_a, self._reduced(a, signed), a)
-        used_b = np.where(reduces_b, self._reduced(b, True), b)
-        value = (used_a * used_b * pair).sum(axis=2)
-        return value, _bits(pair), _bits(reduces_a), _bits(reduces_b)
-
-    @staticmethod
-    def _is_wide(value: np.ndarray, signed: bool) -> np.ndarray:
-        return (value < -8) | (value > 7) if signed else value > 15
-
-    def _reduced(self, value: np.ndarray, signed: bool) -> np.ndarray:
-        if self.config.rounding is Rounding.TRUNCATE:
-            return value // 16 * 16
-        high = np.rint(value / 16).astype(np.int64) * 16
-        return np.minimum(high, 112 if signed else 240) if self.config.saturate else high
 
     def write_csv(self, file: IO[str]) -> None:
         """Write a line per cycle: what all PEs together do.

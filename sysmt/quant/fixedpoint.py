@@ -1,6 +1,6 @@
 """Fixed point by dynamic range: Qm.n formats, and the integer steps between two of them.
 
-The scheme of seed 002, "Batch Normalization: A different perspective from Quantized Inference Model". Its
+The scheme of the article "Batch Normalization: A different perspective from Quantized Inference Model". Its
 listings are followed in what they mean, not to the letter, because some of them overflow:
 
 * ``2 << frac`` is 2^(frac + 1), twice the factor of `frac` fraction bits, and fails for a negative `frac`:
@@ -168,7 +168,7 @@ class QFormat:
             If `x` is no array of real, finite numbers.
         """
         values = _finite(x, "x")
-        with np.errstate(over="ignore"):  # infinity saturates like any other large number
+        with np.errstate(over="ignore", under="ignore"):  # infinity saturates like any other large number
             scaled = np.ldexp(values, self.fraction_bits)
         return np.clip(np.rint(scaled), self.low, self.high).astype(_smallest_dtype(self.bits))
 
@@ -236,7 +236,7 @@ def floor_shift(values: npt.ArrayLike, right: int) -> Int64Array:
 def round_shift(values: npt.ArrayLike, right: int) -> Int64Array:
     """Shift integers right by `right` bits, rounding to nearest, half up; left where `right` is negative.
 
-    What adding half a step before `floor_shift` gives, which the article does not do.
+    This equals adding half a step before `floor_shift`. The article does not do it.
 
     Parameters
     ----------

@@ -279,7 +279,9 @@ def decode(codes: Array, fmt: str | NumberFormat, dtype: Any = None, *, check: b
 def _codes(values: Any, fmt: NumberFormat, xp: ModuleType) -> Any:
     flat = values.reshape(-1)
     codes = xp.empty(len(flat), dtype=xp.uint8, **_where(values, xp))
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities are clamped; NaN is the caller's to see
+    with np.errstate(
+        over="ignore", under="ignore", invalid="ignore"
+    ):  # infinities are clamped; NaN is the caller's to see
         for piece in _pieces(flat, xp):
             codes[piece] = fmt.codes(flat[piece], xp)
     return codes.reshape(values.shape)

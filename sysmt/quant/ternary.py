@@ -80,10 +80,10 @@ def twn_threshold(w: npt.ArrayLike) -> float:
 
 
 def twn_scale(w: npt.ArrayLike, threshold: float) -> float:
-    """Return the magnitude that fits ternary weights best: the mean of those |w| above the threshold.
+    """Return the magnitude that fits ternary weights best: the mean of those ``|w|`` above the threshold.
 
-    The α of ternary weight networks (arXiv 1605.04711, equation 4), which the paper above leaves out;
-    1 where no weight is above the threshold.
+    The α of ternary weight networks (arXiv 1605.04711, equation 4), which the paper above leaves out.
+    It is 1 where no weight is above the threshold.
 
     Raises
     ------

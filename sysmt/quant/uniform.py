@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+from sysmt.config import parse_number
 from sysmt.errors import ConfigError
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "activation_range",
     "dequantize",
     "inverse_scale",
+    "is_scale",
+    "parse_scale",
     "quantize_activations",
     "quantize_weights",
     "weight_scales",
@@ -29,7 +32,13 @@ __all__ = [
 WEIGHT_LIMIT = 127
 """Quantised weights, and signed activations, lie in [-127, 127]."""
 
+SCALES = "a positive, finite, normal float32 (1.18e-38 to 3.4e38)"
+"""What error messages say of a value that `is_scale` does not take."""
+
 Float32Array = npt.NDArray[np.float32]
+
+_QUIET = np.errstate(over="ignore", under="ignore", divide="ignore")
+"""Rounding to 0 or infinity is part of the arithmetic, whatever numpy is told about it elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,29 +48,23 @@ class ActivationRange:
     Attributes
     ----------
     scale : float
-        Float value of one quantisation step, positive and finite; a float32 value.
+        Float value of one quantisation step; a float32 value for which `is_scale` holds.
     signed : bool
         Whether the codes are int8 in [-127, 127] instead of uint8 in [0, 255].
 
     Raises
     ------
     ConfigError
-        If the scale is not a positive finite number whose inverse is a finite float32.
+        If the scale is not a positive, finite, normal float32.
     """
 
     scale: float
     signed: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            scale = np.float32(self.scale)
-        except (TypeError, ValueError):
-            raise ConfigError(f"activation scale {self.scale!r} is no number") from None
-        if not (np.isfinite(scale) and scale > 0 and np.isfinite(inverse_scale(scale))):
-            raise ConfigError(
-                f"activation scale {self.scale!r} is not a positive finite float32 with a finite inverse"
-            )
-        object.__setattr__(self, "scale", float(scale))
+        object.__setattr__(self, "scale", parse_scale(self.scale, "activation scale"))
+        if type(self.signed).__name__ not in ("bool", "bool_"):  # "false" would count as True
+            raise ConfigError(f"signed={self.signed!r} must be True or False")
         object.__setattr__(self, "signed", bool(self.signed))
 
     @property
@@ -70,26 +73,57 @@ class ActivationRange:
         return WEIGHT_LIMIT if self.signed else 255
 
 
+@_QUIET
+def parse_scale(value: object, field: str) -> float:
+    """Turn a number into a usable float32 scale; raise `ConfigError` otherwise.
+
+    Scales of activations and of weights alike: 0, NaN and infinity quantise nothing, and of a number whose
+    inverse overflows float32 the codes are undefined.
+    """
+    return float(np.float32(parse_number(value, field, SCALES, lambda number: bool(is_scale(number)))))
+
+
+@_QUIET
 def inverse_scale(scale: float | np.float32) -> np.float32:
     """Return float32(1 / scale), the factor that quantisation multiplies with."""
-    with np.errstate(over="ignore", divide="ignore"):
-        return np.float32(1.0 / np.float64(scale))
+    return np.float32(1.0 / np.float64(scale))
 
 
+def is_scale(values: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Tell which values can be the scale of activations or weights: positive, finite, normal float32 numbers.
+
+    The inverse of a normal number is finite in float32, that of a smaller one may be infinite: zeros
+    would then be quantised to 0 * inf, which is no number.
+
+    Parameters
+    ----------
+    values : array, float32
+        Any shape.
+
+    Returns
+    -------
+    ndarray of bool
+        Same shape.
+    """
+    with np.errstate(over="ignore"):
+        scale = np.asarray(values, np.float32)
+    return (scale >= np.finfo(np.float32).tiny) & (scale < np.inf)
+
+
+@_QUIET
 def _usable(scale: Float32Array) -> Float32Array:
     """Replace scales of all-zero (or vanishing) data by 1."""
-    with np.errstate(over="ignore", divide="ignore"):
-        finite = np.isfinite((1.0 / scale.astype(np.float64)).astype(np.float32))
-    return np.where((scale > 0) & finite, scale, np.float32(1)).astype(np.float32)
+    return np.where(is_scale(scale), scale, np.float32(1)).astype(np.float32)
 
 
+@_QUIET
 def activation_range(image_maxima: npt.ArrayLike, signed: bool) -> ActivationRange:
     """Turn per-image maxima into a layer's range.
 
     Parameters
     ----------
     image_maxima : array (images,), float
-        For each calibration image the maximum of x, or of |x| if `signed` (or a percentile of them).
+        For each calibration image the maximum of x, or of ``|x|`` if `signed` (or a percentile of them).
     signed : bool
         Whether calibration saw a negative activation.
 
@@ -103,6 +137,7 @@ def activation_range(image_maxima: npt.ArrayLike, signed: bool) -> ActivationRan
     return ActivationRange(float(_usable(np.array([mean / limit], np.float32))[0]), signed)
 
 
+@_QUIET
 def quantize_activations(
     x: npt.ArrayLike, range_: ActivationRange
 ) -> npt.NDArray[np.uint8] | npt.NDArray[np.int8]:
@@ -125,6 +160,7 @@ def quantize_activations(
     return codes
 
 
+@_QUIET
 def weight_scales(weight: npt.ArrayLike, per_channel: bool = True) -> Float32Array:
     """Scale of each output channel: max|w| / 127, and 1 for an all-zero channel.
 
@@ -146,6 +182,7 @@ def weight_scales(weight: npt.ArrayLike, per_channel: bool = True) -> Float32Arr
     return _usable((maxima.astype(np.float64) / WEIGHT_LIMIT).astype(np.float32))
 
 
+@_QUIET
 def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray[np.int8]:
     """Quantise weights symmetrically to [-127, 127]; a zero weight stays exactly 0.
 
@@ -158,16 +195,28 @@ def quantize_weights(weight: npt.ArrayLike, scales: Float32Array) -> npt.NDArray
     Returns
     -------
     ndarray (N, ...), int8
+
+    Raises
+    ------
+    ConfigError
+        If a value is no scale (`is_scale`).
     """
+    if not is_scale(scales).all():
+        bad = int(np.argmin(is_scale(scales)))
+        raise ConfigError(
+            f"weight scale {scales[bad]:.3g} of output channel {bad} is no scale: {SCALES} is needed"
+        )
     w = np.asarray(weight, np.float32)
     inverse = (1.0 / scales.astype(np.float64)).astype(np.float32).reshape(-1, *[1] * (w.ndim - 1))
-    scaled = w * inverse
+    with np.errstate(over="ignore"):  # clamped below
+        scaled = w * inverse
     np.rint(scaled, out=scaled)  # in place: a copy of the largest layer may be a forward's peak
     np.clip(scaled, -WEIGHT_LIMIT, WEIGHT_LIMIT, out=scaled)
     codes: npt.NDArray[np.int8] = scaled.astype(np.int8)
     return codes
 
 
+@_QUIET
 def dequantize(
     accumulators: npt.NDArray[np.int32],
     activation_scale: float,

@@ -1,4 +1,4 @@
-"""Reports of a topology run: SCALE-Sim's three, with its column names, and SMT_REPORT for what only we have.
+"""Reports of a topology run: SCALE-Sim's three, with its column names, and SMT_REPORT for everything else.
 
 Every column is defined in docs/reports.md.
 """

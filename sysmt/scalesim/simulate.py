@@ -1,4 +1,4 @@
-"""Layers of a topology on the array: operands drawn or read, and everything that is known of a layer then."""
+"""Layers of a topology on the array: operands are drawn or read, simulated, and counted."""
 
 from __future__ import annotations
 

@@ -9,25 +9,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
 
 from sysmt.cost.energy import EnergyTable, load_table
 from sysmt.errors import ConfigError
 from sysmt.hw.stats import GemmStats
 from sysmt.nn.array.calibration_file import load_calibration
 from sysmt.nn.array.layer_energy import energy_facts
-from sysmt.nn.array.simulation import Simulation, attach
-from sysmt.nn.batchnorm.recalibration import load_statistics, recalibrate_batchnorm, save_statistics
-from sysmt.nn.data.labelled_images import ImageData, Loader, open_data
+from sysmt.nn.array.simulation import Simulation
+from sysmt.nn.batchnorm.recalibration import load_statistics, save_statistics
 from sysmt.nn.networks.checkpoints import weights_hash
-from sysmt.nn.networks.digits import trained_digits
-from sysmt.nn.networks.models import build_model, load_model
 from sysmt.nn.networks.pruning import prune_model
-from sysmt.nn.networks.training import Evaluation, evaluate
+from sysmt.nn.networks.training import Evaluation
 from sysmt.progress import Counted, progress_bar
-from sysmt.study.run_config import RANDOM_WEIGHTS, RunConfig, Setting
+from sysmt.study.run_config import RunConfig, Setting
 from sysmt.study.thread_maps import measure_errors, throttle
+from sysmt.study.workload import OpenWorkload
 
 __all__ = [
     "FLOAT",
@@ -35,7 +31,6 @@ __all__ = [
     "Measurement",
     "array_facts",
     "layer_table",
-    "open_workload",
     "paired_difference",
     "summary_table",
 ]
@@ -112,8 +107,10 @@ class Job:
     Attributes
     ----------
     config : RunConfig
+    workload : OpenWorkload
     model : nn.Module
     data : ImageData
+        Those of the workload.
     sim : Simulation
         Attached.
     notes : list of str
@@ -135,15 +132,16 @@ class Job:
         self.notes: list[str] = []
         self.calibration_notes: dict[str, Any] = {}
         self._throttled: dict[int, dict[str, int]] = {}
-        self.model, self.data = open_workload(config)
+        self.workload = OpenWorkload(config)
+        self.model, self.data = self.workload.model, self.workload.data
         self.notes += self.data.notes
         self.weights_sha256 = weights_hash(self.model)
         if config.prune is not None:
             prune_model(self.model, config.prune)
             self.notes.append(f"{config.prune:.0%} of the weights are pruned, in the float row, too")
         if config.calibration is None or config.recalibrate or config.throttle:
-            self._training_loader(1)  # raises where there are no training images
-        self.sim = self._attach()
+            self.workload.training_images(1, config.seed)  # raises where there are no training images
+        self.sim = self.workload.attach(errors=config.errors)
         for setting in config.settings():
             self.sim.set_threads(setting.threads_map)
         if config.calibration is not None:
@@ -159,30 +157,6 @@ class Job:
             raise ConfigError(
                 f"{path} has recalibrated BatchNorm statistics ({mode}) already; leave out recalibrate"
             )
-
-    def _attach(self) -> Simulation:
-        config = self.config
-        return attach(
-            self.model,
-            config.array(),
-            first=config.first,
-            linear=config.linear,
-            depthwise=config.depthwise,
-            errors=config.errors,
-            per_channel=not config.per_tensor,
-        )
-
-    # -- data ----------------------------------------------------------------------------------
-
-    def _test_loader(self) -> Loader:
-        return self.data.loader("test", images=self.config.images, batch_size=self.config.batch_size)
-
-    def _training_loader(self, images: int) -> Loader:
-        """Training images through the training augmentation; all of them if there are fewer."""
-        images = min(images, self.data.images("train") or images)
-        return self.data.loader(
-            "train", images=images, batch_size=self.config.batch_size, augment=True, seed=self.config.seed
-        )
 
     # -- work ----------------------------------------------------------------------------------
 
@@ -200,22 +174,17 @@ class Job:
             load_calibration(self.sim, config.calibration)
             self.notes.append(f"calibration loaded from {config.calibration}")
             return
-        loader = self._training_loader(config.calibration_images)
-        passes = 2 if config.reorder else 1
-        with progress_bar("calibrating", passes * loader.images) as bar:
-            self.sim.calibrate(
-                Counted(loader, bar), loader.images, percentile=config.percentile, reorder=config.reorder
-            )
-        few = ", all there are" if loader.images < config.calibration_images else ""
-        self.notes.append(f"calibrated on {loader.images} training images{few}")
+        images = self.workload.calibrate(self.sim, config.seed, reorder=config.reorder)
+        few = ", all there are" if images < config.calibration_images else ""
+        self.notes.append(f"calibrated on {images} training images{few}")
 
     def measure_float(self) -> Measurement:
         """Evaluate the network off the array."""
         self.sim.detach()
         try:
-            return Measurement(None, evaluate(self.model, self._test_loader(), what=FLOAT))
+            return Measurement(None, self.workload.evaluate(FLOAT))
         finally:
-            self.sim = self._attach()
+            self.sim = self.workload.attach(errors=self.config.errors)
 
     def measure(self, setting: Setting) -> Measurement:
         """Evaluate one setting; BatchNorm statistics are afterwards what they were before."""
@@ -228,7 +197,7 @@ class Job:
             if setting.recalibrate:
                 self.recalibrate(setting.name)
             self.sim.reset()
-            evaluation = evaluate(self.model, self._test_loader(), what=setting.name)
+            evaluation = self.workload.evaluate(setting.name)
         finally:
             load_statistics(self.model, statistics)
         facts = array_facts(self.sim, self.config.clock_mhz, self.energy)
@@ -239,7 +208,8 @@ class Job:
         if setting.threads in self._throttled:  # for the same setting without recalibration
             self.sim.set_threads(self._throttled[setting.threads])
             return
-        loader = self._training_loader(min(THROTTLE_IMAGES, self.config.calibration_images))
+        images = min(THROTTLE_IMAGES, self.config.calibration_images)
+        loader = self.workload.training_images(images, self.config.seed)
         before = self.sim.threads()
         with progress_bar(f"{setting.name}: layer errors", loader.images) as bar:
             measure_errors(self.sim, Counted(loader, bar), loader.images)
@@ -251,11 +221,8 @@ class Job:
     def recalibrate(self, what: str) -> None:
         """Regather the BatchNorm statistics with the threads as they are set; `what` is for the bar."""
         assert self.config.recalibrate is not None
-        loader = self._training_loader(self.config.recalibration_images)
-        with progress_bar(f"{what}: recalibrating", loader.images) as bar:
-            recalibrate_batchnorm(
-                self.model, Counted(loader, bar), self.config.recalibrate, images=loader.images
-            )
+        images = self.config.recalibration_images
+        self.workload.recalibrate(self.config.recalibrate, images, self.config.seed, what=what)
 
     def run(self) -> Iterator[Measurement]:
         """Calibrate and measure everything the configuration asks for, the float network first."""
@@ -263,44 +230,6 @@ class Job:
         self.calibrate()
         for setting in self.settings():
             yield self.measure(setting)
-
-
-def open_workload(config: RunConfig) -> tuple[nn.Module, ImageData]:
-    """Build the network, load its weights and open the images, as a configuration asks for.
-
-    Also seeds torch and sets its CPU threads.
-
-    Raises
-    ------
-    ConfigError
-        If weights or data are not named, or unknown.
-    DataError, WeightsError
-        If they cannot be read.
-    """
-    if config.cpu_threads is not None:
-        torch.set_num_threads(config.cpu_threads)
-    torch.manual_seed(config.seed)
-    is_digits = config.model == "digits"
-    if config.data is None and not is_digits:
-        raise ConfigError(f"model {config.model!r} needs data, such as npz:FILE or imagefolder:DIR")
-    if config.weights is None and not is_digits:
-        raise ConfigError(
-            f"model {config.model!r} needs weights: a checkpoint's path, torchvision:NAME, or "
-            f"{RANDOM_WEIGHTS!r} where only cycles matter"
-        )
-    data = open_data(
-        config.data or "digits",
-        train=config.train_data,
-        preprocessing=config.preprocessing,
-        image_size=config.image_size,
-        skip_bad_images=config.skip_bad_images,
-        seed=config.seed,
-    )
-    if config.weights is None:
-        return trained_digits(), data
-    if config.weights == RANDOM_WEIGHTS:
-        return build_model(config.model, data.num_classes, data.preprocessing.channels), data
-    return load_model(config.model, config.weights), data
 
 
 def array_facts(
@@ -325,7 +254,7 @@ def array_facts(
         ``energy_delay_pj_cycles_per_image`` of the simulated layers (or in the table's unit); with a
         clock ``latency_ms`` per image and ``array_images_per_second``.
     """
-    total = sum((layer.stats for layer in sim.simulated()), GemmStats(()))
+    total = sum((layer.counts.stats for layer in sim.simulated()), GemmStats(()))
     facts: dict[str, Any] = {
         "speedup": sim.speedup,
         "network_speedup": sim.network_speedup,
@@ -333,10 +262,10 @@ def array_facts(
         "network_speedup_cycles": sim.network_speedup_cycles,
         "collision_rate": total.collision_rate,
         "utilization": total.utilization,
-        "macs": sum(layer.stats.macs for layer in sim.layers.values()),
+        "macs": sum(layer.counts.stats.macs for layer in sim.layers.values()),
         "cycles": sim.cycles,
         "cycles_per_image": sim.cycles / sim.images if sim.images else math.nan,
-        **energy_facts(sim, energy),
+        **energy_facts(sim.simulated(), sim.images, energy),
     }
     if clock_mhz is not None:
         facts["latency_ms"] = facts["cycles_per_image"] / (clock_mhz * 1e3)

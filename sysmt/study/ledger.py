@@ -7,9 +7,6 @@ that choose their points, or that many workers share, use `sysmt.study.store`.
 from __future__ import annotations
 
 import datetime
-import fcntl
-import os
-import shlex
 import sys
 import time
 import tomllib
@@ -23,7 +20,8 @@ import pandas as pd
 import tomli_w
 
 from sysmt.errors import OutputError
-from sysmt.study.run_directory import RunDirectory, provenance, read_csv, read_toml
+from sysmt.files import read_csv, read_toml
+from sysmt.study.run_directory import RunDirectory, command_line, provenance
 
 __all__ = ["Ledger"]
 
@@ -68,15 +66,18 @@ class Ledger:
     ) -> None:
         self._keys = tuple(keys)
         asked = tomllib.loads(tomli_w.dumps({"experiment": experiment, "settings": settings}))
-        config = Path(path) / _CONFIG
-        earlier = read_toml(config) if config.is_file() else {}
-        if earlier:
-            _check_same(asked, earlier, path)
-        self._directory = RunDirectory(path, overwrite=bool(earlier))
+        earlier: dict[str, Any] = {}
+
+        def resumes(directory: Path) -> bool:
+            if (directory / _CONFIG).is_file():
+                earlier.update(read_toml(directory / _CONFIG))
+                _check_same(asked, earlier, path)
+            return bool(earlier)
+
+        self._directory = RunDirectory(path, resumes=resumes)
         self.path = self._directory.path
-        self._lock = self._take_lock()
         self._record: dict[str, Any] = earlier | asked
-        self._record["made_by"] = provenance() | {"command": shlex.join(["python", *sys.argv])}
+        self._record["made_by"] = provenance() | {"command": command_line("python", sys.argv)}
         spent = earlier.get("outcome", {})
         # Each clock minus what earlier runs took: a difference to now then counts all of them.
         self._start = time.monotonic() - float(spent.get("seconds", 0.0))
@@ -87,16 +88,6 @@ class Ledger:
         self._correct: dict[str, np.ndarray] = {}
         if (self.path / _POINTS).is_file():
             self._read_points()
-
-    def _take_lock(self) -> int:
-        """Lock the directory itself for this process; the system lets go however the process ends."""
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            raise OutputError(f"{self.path} is being written by another process; wait for its end") from error
-        return handle
 
     def _read_points(self) -> None:
         table = read_csv(self.path / _POINTS, self._keys)
@@ -244,7 +235,7 @@ class Ledger:
             status = "interrupted" if interrupted else f"failed: {value or type(value).__name__}"
         if value is None or self._added:
             self._write_config(status)
-        os.close(self._lock)
+        self._directory.close()
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

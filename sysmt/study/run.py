@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from sysmt.errors import ConfigError
+from sysmt.files import read_toml
 from sysmt.study.evaluate import Job, Measurement, layer_table, summary_table
 from sysmt.study.plots.run import draw_run
-from sysmt.study.run_directory import RunDirectory, provenance, read_toml
+from sysmt.study.run_directory import RunDirectory, provenance
 
 __all__ = ["FILES", "Outcome", "read_config", "run_job", "warn_of_differences"]
 

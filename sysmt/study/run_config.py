@@ -8,14 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sysmt.config import ArrayConfig, Drain, Policy, Rounding, parse_count, parse_name, parse_threads
+from sysmt.config import (
+    ArrayConfig,
+    Drain,
+    Policy,
+    RecalibrationMode,
+    Rounding,
+    parse_count,
+    parse_name,
+    parse_recalibration,
+    parse_threads,
+)
 from sysmt.cost.energy import TABLES
 from sysmt.errors import ConfigError, nearest
 
-__all__ = ["RANDOM_WEIGHTS", "RECALIBRATION_MODES", "RunConfig", "Setting"]
-
-RECALIBRATION_MODES = ("ema", "cumulative", "final")
-"""As in `sysmt.nn.batchnorm.recalibration.RecalibrationMode`, without importing torch."""
+__all__ = ["RANDOM_WEIGHTS", "RunConfig", "Setting"]
 
 RANDOM_WEIGHTS = "random"
 """Stands for fresh weights: accuracy is chance then, but cycles and speed are not."""
@@ -55,10 +62,11 @@ class RunConfig:
     model : str
         A name that `sysmt.nn.networks.models.build_model` knows.
     weights : str or None
-        Path, ``"torchvision:NAME"`` or ``"random"``; None for ``"digits"``, which is trained on the spot.
+        Path, ``"torchvision:NAME"`` or ``"random"``; None for ``"digits32"`` and
+        ``"digits"``, which are trained on the spot.
     data, train_data : str or None
         Data specifications (see `sysmt.nn.data.labelled_images.open_data`); the second for training
-        images, where `data` has none. None means ``"digits"`` for the model of that name.
+        images, where `data` has none. None means ``"digits32"`` or ``"digits"`` for the model of that name.
     preprocessing : str
         Preset name, or ``"auto"``.
     image_size : int or None
@@ -89,7 +97,7 @@ class RunConfig:
         Report each layer's SQNR and MSE against T = 1.
     calibration : str or None
         File that `sysmt calibrate` wrote, instead of calibrating.
-    recalibrate : str or None
+    recalibrate : RecalibrationMode or None
         ``"ema"``, ``"cumulative"`` or ``"final"``: measure each setting once more, recalibrated.
     throttle : int
         Measure each setting above `throttle_to` once more, with this many layers lowered to it.
@@ -112,7 +120,7 @@ class RunConfig:
         If a value is outside what is listed above.
     """
 
-    model: str = "digits"
+    model: str = "digits32"
     weights: str | None = None
     data: str | None = None
     train_data: str | None = None
@@ -139,7 +147,7 @@ class RunConfig:
     reorder: bool = False
     errors: bool = False
     calibration: str | None = None
-    recalibrate: str | None = None
+    recalibrate: RecalibrationMode | None = None
     throttle: int = 0
     throttle_to: int = 1
     prune: float | None = None
@@ -176,9 +184,8 @@ class RunConfig:
                 raise ConfigError(f"{field.name}={value!r} must be true or false")
             if field.type in ("str", "str | None") and not isinstance(value, str | None):
                 raise ConfigError(f"{field.name}={value!r} must be a text")
-        if self.recalibrate is not None and self.recalibrate not in RECALIBRATION_MODES:
-            hint, allowed = nearest(self.recalibrate, RECALIBRATION_MODES), ", ".join(RECALIBRATION_MODES)
-            raise ConfigError(f"recalibrate={self.recalibrate!r} is unknown{hint}; allowed: {allowed}")
+        if self.recalibrate is not None:
+            put("recalibrate", parse_recalibration(self.recalibrate, "recalibrate"))
         if self.throttle_to not in (1, 2):
             raise ConfigError(
                 f"throttle_to={self.throttle_to!r} is not possible; layers are lowered to 1 or 2"
@@ -250,6 +257,7 @@ class RunConfig:
         """Return plain values for TOML; relative paths become absolute, so that it works from anywhere."""
         record = dataclasses.asdict(self)
         record |= {"policy": self.policy.value, "drain": self.drain.value, "rounding": self.rounding.value}
+        record["recalibrate"] = self.recalibrate.value if self.recalibrate else None
         record["threads"] = list(self.threads)
         for field in ("weights", "calibration"):
             if record[field] is not None and record[field] != RANDOM_WEIGHTS and ":" not in record[field]:

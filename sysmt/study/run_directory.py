@@ -8,13 +8,12 @@ import errno
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,17 @@ import pandas as pd
 import tomli_w
 
 import sysmt
-from sysmt.errors import ConfigError, OutputError
-from sysmt.files import written_whole
+from sysmt.errors import OutputError
+from sysmt.files import DirectoryLock, is_left_over, remove_left_overs, written_whole
 
 __all__ = [
     "DEFAULT_PARENT",
     "RunDirectory",
     "check_writable",
+    "command_line",
     "processor_name",
     "provenance",
-    "read_csv",
-    "read_toml",
+    "without_password",
 ]
 
 DEFAULT_PARENT = Path("results")
@@ -41,7 +40,7 @@ DEFAULT_PARENT = Path("results")
 
 
 class RunDirectory:
-    """Where one run keeps its results.
+    """Where one run keeps its results; no other process can write there until `close`.
 
     Parameters
     ----------
@@ -54,13 +53,21 @@ class RunDirectory:
         old and new results never stand side by side.
     stale : iterable of str
         Patterns of the files that such a run writes, such as ``"*.png"``.
+    shared : bool
+        Write beside the process that has the directory; nothing in it is removed.
+    resumes : callable, optional
+        Looks at the directory and says whether this run goes on with what is there; then its files stay.
 
     Attributes
     ----------
     path : Path
+    resumed : bool
+        What `resumes` said.
 
     Raises
     ------
+    InUseError
+        If another process is writing there.
     OutputError
         If the directory cannot be made or written, or has files and `overwrite` is False.
     """
@@ -72,27 +79,41 @@ class RunDirectory:
         name: str = "run",
         overwrite: bool = False,
         stale: Iterable[str] = (),
+        shared: bool = False,
+        resumes: Callable[[Path], bool] | None = None,
     ) -> None:
         self._made: list[Path] = []
+        self._lock: DirectoryLock | None = None
+        self.resumed = False
         try:
-            self.path = self._next_free(name) if path is None else self._claim(Path(path), overwrite)
+            self.path = self._next_free(name) if path is None else self._existing(Path(path))
+            if shared:
+                self.resumed = True
+                return
+            self._lock = DirectoryLock(self.path)
+            self.resumed = resumes is not None and resumes(self.path)
+            if not (overwrite or self.resumed) and not all(map(is_left_over, self.path.iterdir())):
+                raise OutputError(f"{path} is not empty; name another directory or allow --overwrite")
             with tempfile.TemporaryFile(dir=self.path) as probe:
                 probe.write(b"writable")
-            for pattern in stale:
+            remove_left_overs(self.path)
+            for pattern in () if self.resumed else stale:
                 for old in self.path.glob(pattern):
                     old.unlink()
-        except OutputError:
-            raise
         except OSError as error:
+            self.close()
+            if isinstance(error, OutputError):
+                raise
             where = path if path is not None else DEFAULT_PARENT
             raise OutputError(f"{where} cannot be written: {error.strerror or error}") from error
+        except BaseException:
+            self.close()
+            raise
 
-    def _claim(self, path: Path, overwrite: bool) -> Path:
+    def _existing(self, path: Path) -> Path:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; results need a directory of their own")
         self._make(path)
-        if not overwrite and any(path.iterdir()):
-            raise OutputError(f"{path} is not empty; name another directory or allow --overwrite")
         return path
 
     def _next_free(self, name: str) -> Path:
@@ -113,8 +134,20 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         self._made += reversed(missing)
 
+    def close(self) -> None:
+        """Let other processes write here; it can be called twice."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove_if_empty()
+
     def remove_if_empty(self) -> None:
-        """Take back the directories made for a run that failed before it had results."""
+        """Close, and take back the directories made for a run that failed before it had results."""
+        self.close()
         for made in reversed(self._made):
             try:
                 made.rmdir()
@@ -177,9 +210,19 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
         "processor": processor_name(),
-        "command": shlex.join(["sysmt", *sys.argv[1:]]) if _from_command_line() else None,
+        "command": command_line("sysmt", sys.argv[1:]) if _from_command_line() else None,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def command_line(program: str, arguments: Iterable[str]) -> str:
+    """Return a command as one would type it, to keep with its results; without passwords."""
+    return shlex.join([program, *map(without_password, arguments)])
+
+
+def without_password(text: str) -> str:
+    """Return a text to keep or show: the password of a URL in it becomes ``***``."""
+    return re.sub(r"(\w://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
 
 
 def _from_command_line() -> bool:
@@ -199,40 +242,3 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises
-    ------
-    ConfigError
-        If it is missing, unreadable or no TOML.
-    """
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no TOML: {error}") from error
-
-
-def read_csv(path: str | Path, needed: Iterable[str] = ()) -> pd.DataFrame:
-    """Read a table that `RunDirectory.write_csv` wrote; empty text stays empty text.
-
-    Raises
-    ------
-    ConfigError
-        If it is missing or unreadable, or lacks one of the columns `needed`.
-    """
-    if not os.path.isfile(path):
-        raise ConfigError(f"{path} is missing; a directory that `sysmt run` wrote is needed")
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is no table: {error}") from error
-    lacking = [column for column in needed if column not in table.columns]
-    if lacking:
-        raise ConfigError(f"{path} lacks the column {lacking[0]!r}; it has {', '.join(table.columns)}")
-    text = table.select_dtypes(exclude="number").columns
-    return table.fillna(dict.fromkeys(text, ""))

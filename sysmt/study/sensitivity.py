@@ -117,7 +117,7 @@ def sensitivities(
             for batch in image_batches(loader, images):
                 sim.reset()
                 reference = F.log_softmax(_logits(prefix.record(batch)).double(), dim=1)
-                macs |= {layer.name: layer.stats.macs // len(batch) for layer in sim.simulated()}
+                macs |= {layer.name: layer.counts.stats.macs // len(batch) for layer in sim.simulated()}
                 seen += len(batch)
                 for (name, count), total in sums.items():
                     layer = sim.layers[name]
@@ -125,7 +125,7 @@ def sensitivities(
                     layer.reset()
                     try:
                         output = prefix.run(batch, layer.module if reuse else sim.model)
-                        mse = layer.mse
+                        mse = layer.counts.mse
                     finally:
                         layer.threads = baseline
                         layer.reset()

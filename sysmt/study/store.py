@@ -12,26 +12,30 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
-import warnings
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pandas as pd
-import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
-from sysmt.config import Policy
-from sysmt.errors import ConfigError, OutputError, SysmtError
+from sysmt.config import THREADS_OF, Policy, RecalibrationMode
+from sysmt.errors import ConfigError
+from sysmt.study.run_directory import without_password
+from sysmt.study.storage import (
+    one_at_a_time,
+    open_storage,
+    quiet,
+    storage_errors,
+    storage_url,
+)
+from sysmt.study.thread_maps import columns_of, threads_of
 
-__all__ = ["NOT_RECALIBRATED", "Point", "Store", "storage_url"]
-
-NOT_RECALIBRATED = "none"
-"""Stands for "BatchNorm as it is" among the recalibration modes."""
+__all__ = ["Point", "Store"]
 
 HEARTBEAT_S = 10
 """Seconds between two signs of life of a worker."""
@@ -42,9 +46,13 @@ GRACE_S = 40
 MAX_FAILURES = 3
 """A point that ended so many workers is left alone."""
 
-LAYER = "threads of "
+HALF_MADE_S = 5.0
+"""After so many seconds a study that is still not whole counts as left by a process that was killed."""
+
+METRICS = ("speedup", "top1")
+
 POINT, MEASURED, WORKER, COPY = "point", "measured", "worker", "copy of trial"
-ERROR, INTERRUPTED, SAMPLED = "error", "interrupted", "sampled for"
+ERROR, INTERRUPTED, SAMPLED, RETRIED = "error", "interrupted", "sampled for", "retried"
 PENDING = (TrialState.WAITING, TrialState.RUNNING)
 
 
@@ -61,13 +69,13 @@ class Point:
     sparsity : float
         Share of weights set to zero first, in [0, 1).
     recalibrate : str
-        A recalibration mode, or `NOT_RECALIBRATED`.
+        A `RecalibrationMode`'s name.
     """
 
     threads: Mapping[str, int]
     policy: str = Policy.SA.value
     sparsity: float = 0.0
-    recalibrate: str = NOT_RECALIBRATED
+    recalibrate: str = RecalibrationMode.NONE.value
 
     @property
     def key(self) -> str:
@@ -78,23 +86,12 @@ class Point:
     def to_params(self) -> dict[str, Any]:
         """Return the parameters of an Optuna trial."""
         rest = {"policy": self.policy, "sparsity": self.sparsity, "recalibrate": self.recalibrate}
-        return {f"{LAYER}{name}": count for name, count in self.threads.items()} | rest
+        return columns_of(self.threads) | rest
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Point:
         """Make a point from the parameters of an Optuna trial."""
-        threads = {
-            name.removeprefix(LAYER): int(count) for name, count in params.items() if name.startswith(LAYER)
-        }
-        return cls(threads, params["policy"], params["sparsity"], params["recalibrate"])
-
-
-def storage_url(storage: str | Path) -> str:
-    """Turn a path into the URL of the SQLite file there; of URLs, PostgreSQL's gets its current driver."""
-    if "://" in str(storage):
-        return re.sub("^postgres(ql)?://", "postgresql+psycopg://", str(storage))
-    path = Path(storage).expanduser()
-    return f"sqlite:///{(path / 'study.db' if path.is_dir() else path).absolute()}"
+        return cls(threads_of(params), params["policy"], params["sparsity"], params["recalibrate"])
 
 
 class Store:
@@ -143,10 +140,10 @@ class Store:
         grace_s: int = GRACE_S,
     ) -> None:
         self.url = storage_url(storage)
-        self.shown_url = where = _without_password(self.url)
+        self.shown_url = where = without_password(self.url)
         self.heartbeat_s, self.grace_s = heartbeat_s, grace_s
         with quiet(), storage_errors(self.url):
-            self.storage = _open_storage(self.url, heartbeat_s, grace_s, make=bool(layers))
+            self.storage = open_storage(self.url, heartbeat_s, grace_s, make=bool(layers))
             known = optuna.get_all_study_names(self.storage)
             if name is None and len(known) != 1:
                 listed = ", ".join(known) or "none"
@@ -154,16 +151,13 @@ class Store:
             self.name = name if name is not None else known[0]
             if self.name not in known and not layers:
                 raise ConfigError(f"{where} has no study {self.name!r}; it has {', '.join(known) or 'none'}")
-            self.study = optuna.create_study(
-                storage=self.storage,
-                study_name=self.name,
-                directions=["maximize", "maximize"],
-                load_if_exists=True,
-            )
-            if "facts" not in self.study.user_attrs and not layers:
-                raise ConfigError(f"{where} has a study {self.name!r}, but not one of sysmt's")
-            if "facts" not in self.study.user_attrs:
-                self.study.set_metric_names(["speedup", "top1"])
+            self.study, is_new = self._make_or_load(make=bool(layers))
+            if not is_new and not self._is_whole(wait=bool(layers)):
+                if not layers:
+                    raise ConfigError(f"{where} has a study {self.name!r}, but it is not finished being made")
+                is_new = True
+            if is_new:
+                self.study.set_metric_names(list(METRICS))
                 for key, value in {"layers": list(layers), "notes": dict(notes or {})}.items():
                     self.study.set_user_attr(key, value)
                 self.study.set_user_attr("facts", dict(facts or {}))  # last: the study is whole with it
@@ -171,9 +165,48 @@ class Store:
                 self._check(facts, layers)
             self.layers: list[str] = self.study.user_attrs["layers"]
 
+    def _make_or_load(self, make: bool) -> tuple[optuna.Study, bool]:
+        """Return the study, and whether this very call made it: of several at once, one does."""
+        if make:
+            with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
+                study = optuna.create_study(
+                    storage=self.storage, study_name=self.name, directions=["maximize", "maximize"]
+                )
+                return study, True
+        return optuna.load_study(storage=self.storage, study_name=self.name), False
+
+    def _is_whole(self, wait: bool) -> bool:
+        """Whether an existing study of ours has all that belongs to it.
+
+        Another process may be making it right now; one that was killed meanwhile leaves it half made.
+
+        Raises
+        ------
+        ConfigError
+            If it is somebody else's.
+        """
+        patience = time.monotonic() + (HALF_MADE_S if wait else 0.0)
+        while True:
+            attributes = self.study.user_attrs
+            whole = {"facts", "layers", "notes"} <= attributes.keys()
+            ours = (
+                [direction.name for direction in self.study.directions] == ["MAXIMIZE", "MAXIMIZE"]
+                and self.study.metric_names in (None, list(METRICS))
+                and isinstance(attributes.get("layers", []), list)
+                and all(isinstance(attributes.get(key, {}), dict) for key in ("facts", "notes"))
+            )
+            untouched = attributes.keys() <= {"layers", "notes"} and not self.trials()
+            if not ours or not (whole or untouched):
+                raise ConfigError(
+                    f"{self.shown_url} has a study {self.name!r}, but not one of sysmt's; name another study"
+                )
+            if whole or time.monotonic() >= patience:
+                return whole
+            time.sleep(0.05)
+
     def _check(self, facts: Mapping[str, Any], layers: Sequence[str]) -> None:
         """Refuse what is not the study's: its points would not be comparable."""
-        kept, where = self.study.user_attrs["facts"], _without_password(self.url)
+        kept, where = self.study.user_attrs["facts"], without_password(self.url)
         for key in sorted({*kept, *facts}):
             if kept.get(key) != facts.get(key):
                 raise ConfigError(
@@ -238,13 +271,54 @@ class Store:
         rows = []
         for key in keys:
             params = dict(sorted(done[key].params.items(), key=lambda pair: self._place(pair[0])))
-            layers = {name: params.pop(name) for name in list(params) if name.startswith(LAYER)}
+            layers = {name: params.pop(name) for name in list(params) if name.startswith(THREADS_OF)}
             about = {"point": key, "trial": done[key].number, "method": first.get(key, "")}
             rows.append(about | params | done[key].user_attrs[MEASURED] | layers)
         return pd.DataFrame(rows)
 
+    def left_out(self, method: str | None = None) -> pd.DataFrame:
+        """Return the points that were given up or ended in an error, and that nobody works on.
+
+        Parameters
+        ----------
+        method : str, optional
+            As in `table`.
+
+        Returns
+        -------
+        DataFrame
+            As `table`, but for ``reason`` instead of what would have been measured.
+        """
+        trials = self.trials()
+        methods = self.methods(trials)
+        first = {key: name for name in reversed(methods) for key in methods[name]}
+        settled = {*evaluated(trials), *(key_of(trial) for trial in trials if trial.state in PENDING)}
+        lost = given_up(trials)
+        rows = {}
+        for trial in trials:
+            key = key_of(trial)
+            if key is None or key in settled or trial.state != TrialState.FAIL:
+                continue
+            if key not in lost and ERROR not in trial.user_attrs:
+                continue
+            if method is not None and key not in methods.get(method, []):
+                continue
+            params = trial.system_attrs.get("fixed_params") or trial.params
+            point = Point.from_params(params)
+            rows[key] = {
+                "point": key,
+                "trial": trial.number,
+                "method": first.get(key, ""),
+                "policy": point.policy,
+                "sparsity": point.sparsity,
+                "recalibrate": point.recalibrate,
+                "reason": trial.user_attrs.get(ERROR, f"it ended {MAX_FAILURES} workers"),
+                **columns_of({name: point.threads[name] for name in self.layers}),
+            }
+        return pd.DataFrame(rows.values())
+
     def _place(self, parameter: str) -> int:
-        name = parameter.removeprefix(LAYER)
+        name = parameter.removeprefix(THREADS_OF)
         return self.layers.index(name) if name in self.layers else -1
 
     def methods(self, trials: Iterable[FrozenTrial]) -> dict[str, list[str]]:
@@ -270,7 +344,7 @@ class Store:
     # -- the queue -----------------------------------------------------------------------------
 
     def enqueue(self, points: Iterable[Point], method: str = "", *, even_finished: bool = False) -> int:
-        """Put points into the queue, but for those that are finished, waiting or running already.
+        """Put points into the queue, but for those that are finished, waiting, running or given up.
 
         Parameters
         ----------
@@ -293,9 +367,13 @@ class Store:
                 raise ConfigError(
                     f"a point must set the threads of every simulated layer; look at {min(odd)!r}"
                 )
+        with one_at_a_time(self.url):
+            return self._enqueue(points, method, even_finished)
+
+    def _enqueue(self, points: list[Point], method: str, even_finished: bool) -> int:
         trials = self.trials()
         known = {key_of(trial) for trial in trials if trial.state in PENDING}
-        known |= set() if even_finished else set(evaluated(trials))
+        known |= given_up(trials) if even_finished else {*evaluated(trials), *given_up(trials)}
         new = 0
         with quiet(), self.errors():
             listed = self.noted("methods") or {}
@@ -308,6 +386,22 @@ class Store:
                     new += 1
                     self.study.enqueue_trial(point.to_params(), user_attrs={POINT: point.key})
         return new
+
+    def retry_given_up(self) -> int:
+        """Put the points that were given up into the queue again; return how many those are."""
+        trials = self.trials()
+        lost = given_up(trials) - {key_of(trial) for trial in trials if trial.state in PENDING}
+        last = {key_of(trial): trial for trial in trials if key_of(trial) in lost}
+        with quiet(), self.errors():
+            for trial in last.values():
+                self.requeue(trial, {RETRIED: True})
+        return len(last)
+
+    def requeue(self, trial: FrozenTrial, marks: Mapping[str, Any] | None = None) -> None:
+        """Put the point of a trial that failed into the queue again."""
+        params = trial.system_attrs.get("fixed_params") or trial.params
+        kept = {key: value for key, value in trial.user_attrs.items() if key in (POINT, SAMPLED)}
+        self.study.enqueue_trial(params, user_attrs=kept | dict(marks or {}))
 
     def plan_search(self, evaluations: int, population: int, fixed: Point, method: str) -> None:
         """Let workers sample points by NSGA-II once the queue is empty.
@@ -323,7 +417,7 @@ class Store:
         method : str
             Name under which sampled points appear.
         """
-        values = {k: v for k, v in fixed.to_params().items() if not k.startswith(LAYER)}
+        values = {k: v for k, v in fixed.to_params().items() if not k.startswith(THREADS_OF)}
         plan = {"evaluations": evaluations, "population": population, "fixed": values, "method": method}
         self.note("plan", plan)
 
@@ -343,76 +437,21 @@ def evaluated(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
 
 
 def given_up(trials: Iterable[FrozenTrial]) -> set[str]:
-    """Keys of points that ended `MAX_FAILURES` workers, and were finished by none."""
+    """Keys of unfinished points that ended `MAX_FAILURES` workers since they were last retried."""
     trials = list(trials)
-    failures = Counter(
-        key_of(trial)
-        for trial in trials
-        if trial.state == TrialState.FAIL and not {ERROR, INTERRUPTED} & trial.user_attrs.keys()
-    )
+    failures: Counter[str] = Counter()
+    for trial in trials:
+        key = key_of(trial)
+        if key is None:
+            continue
+        if RETRIED in trial.user_attrs:
+            failures[key] = 0
+        failures[key] += trial.state == TrialState.FAIL and not {ERROR, INTERRUPTED} & trial.user_attrs.keys()
     done = evaluated(trials)
-    return {key for key, count in failures.items() if key and count >= MAX_FAILURES and key not in done}
+    return {key for key, count in failures.items() if count >= MAX_FAILURES and key not in done}
 
 
 def plain(value: Any) -> Any:
     """Turn numpy's numbers into Python's, and NaN, which JSON lacks, into None."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _open_storage(url: str, heartbeat_s: int, grace_s: int, make: bool) -> optuna.storages.RDBStorage:
-    options: dict[str, Any] = {}
-    if url.startswith("sqlite:///"):
-        path = Path(url.removeprefix("sqlite:///"))
-        if not make and not path.is_file():
-            raise ConfigError(f"{path} is missing; the storage of a study is needed")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        options["connect_args"] = {"timeout": 60}  # workers take turns at the file
-        sqlalchemy.event.listen(sqlalchemy.pool.Pool, "connect", _tune_sqlite)
-    try:
-        return optuna.storages.RDBStorage(
-            url, engine_kwargs=options, heartbeat_interval=heartbeat_s, grace_period=grace_s
-        )
-    finally:
-        if options:
-            sqlalchemy.event.remove(sqlalchemy.pool.Pool, "connect", _tune_sqlite)
-
-
-def _tune_sqlite(connection: Any, _record: Any) -> None:
-    """Write ahead, and wait for the disk now and then only: kill -9 still loses nothing that was written."""
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Optuna's log and its notes on experimental features from the user's terminal."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.filterwarnings("ignore", "Heartbeat of storage")  # `Worker` keeps it going itself
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def storage_errors(url: str) -> Iterator[None]:
-    """Turn a database's failures into one of our own errors."""
-    try:
-        yield
-    except SysmtError:
-        raise
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise OutputError(f"the storage {_without_password(url)} cannot be used: {reason}") from error
-    except ImportError as error:
-        raise OutputError(f"the storage {_without_password(url)} needs a driver: {error}") from error
-
-
-def _without_password(url: str) -> str:
-    with contextlib.suppress(sqlalchemy.exc.ArgumentError):
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    return url

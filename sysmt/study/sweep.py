@@ -9,22 +9,21 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 import sysmt
-from sysmt.config import Policy, parse_name, parse_threads
+from sysmt.config import Policy, RecalibrationMode, parse_name, parse_recalibration, parse_threads
 from sysmt.errors import ConfigError, nearest
 from sysmt.study.evaluate import Job, Measurement, paired_difference
-from sysmt.study.run_config import RECALIBRATION_MODES, RunConfig, Setting
-from sysmt.study.run_directory import read_toml
-from sysmt.study.store import LAYER, NOT_RECALIBRATED, Point
+from sysmt.study.run_config import RunConfig, Setting
+from sysmt.study.store import Point
+from sysmt.study.thread_maps import FAMILIES, read_rows, read_threads_maps
 
-__all__ = ["KINDS", "Bench", "Sweep", "one_at_a_time", "prefixes", "read_points", "suffixes", "uniform"]
+__all__ = ["Bench", "Sweep"]
 
 _NOT_FACTS = (
     "weights", "data", "train_data", "cpu_threads",  # where things lie, and how fast; hashes stand for them
@@ -133,9 +132,10 @@ class Bench:
         job = self.select(point.sparsity)
         if job.sim.config.policy != point.policy:
             job.sim.reconfigure(policy=parse_name(Policy, point.policy, "policy"))
-        recalibrate = None if point.recalibrate == NOT_RECALIBRATED else point.recalibrate
-        job.config = dataclasses.replace(job.config, recalibrate=recalibrate)
-        setting = Setting("point", 1, point.threads, recalibrate=recalibrate is not None)
+        mode = parse_name(RecalibrationMode, point.recalibrate, "recalibrate")
+        recalibrate = mode is not RecalibrationMode.NONE
+        job.config = dataclasses.replace(job.config, recalibrate=mode if recalibrate else None)
+        setting = Setting("point", 1, point.threads, recalibrate=recalibrate)
         measured = job.measure(setting)
         correct, reference = measured.evaluation.correct, self._float.evaluation.correct
         seen = self._seen()
@@ -161,98 +161,6 @@ class Bench:
         }
 
 
-# -- thread maps -------------------------------------------------------------------------------
-
-
-def uniform(layers: Sequence[str], counts: Iterable[int]) -> Iterator[dict[str, int]]:
-    """Yield the same thread count for all layers, for each count."""
-    return (dict.fromkeys(layers, count) for count in counts)
-
-
-def one_at_a_time(layers: Sequence[str], counts: Iterable[int]) -> Iterator[dict[str, int]]:
-    """Yield maps at the largest count where one layer has each of the smaller ones."""
-    *lower, most = sorted(counts)
-    return ({**dict.fromkeys(layers, most), layer: count} for count in lower for layer in layers)
-
-
-def prefixes(layers: Sequence[str], counts: Iterable[int]) -> Iterator[dict[str, int]]:
-    """Yield maps where the first layers have a smaller count than the others, for each pair of counts."""
-    return (
-        {layer: (low if place < cut else high) for place, layer in enumerate(layers)}
-        for low, high in itertools.combinations(sorted(counts), 2)
-        for cut in range(1, len(layers))
-    )
-
-
-def suffixes(layers: Sequence[str], counts: Iterable[int]) -> Iterator[dict[str, int]]:
-    """Yield maps where the last layers have a smaller count than the others, for each pair of counts."""
-    return (
-        {layer: (high if place < cut else low) for place, layer in enumerate(layers)}
-        for low, high in itertools.combinations(sorted(counts), 2)
-        for cut in range(1, len(layers))
-    )
-
-
-KINDS = {"uniform": uniform, "one-at-a-time": one_at_a_time, "prefix": prefixes, "suffix": suffixes}
-"""The families of thread maps that `sysmt sweep` knows by name."""
-
-
-def read_points(path: str | Path, layers: Sequence[str]) -> list[dict[str, int]]:
-    """Read thread maps from a file.
-
-    Parameters
-    ----------
-    path : str or Path
-        A CSV with a column per layer (as `sysmt sweep --export` writes, with ``threads of`` before the
-        names, or without) and a row per map; or a TOML with tables ``[[points]]`` of threads by layer. A
-        column or key ``default`` is for layers that are not named.
-    layers : sequence of str
-
-    Returns
-    -------
-    list of dict
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read, names a layer that is not simulated, leaves one out, or has
-        a count other than 1, 2 or 4.
-    """
-    path = Path(path)
-    rows: list[Mapping[str, Any]]
-    if path.suffix == ".toml":
-        rows = read_toml(path).get("points", [])
-        if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
-            raise ConfigError(f"{path}: points must be tables, [[points]]")
-    else:
-        try:
-            table = pd.read_csv(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is no table: {error}") from error
-        exported = [name for name in table.columns if name.startswith(LAYER)]
-        if exported:
-            table = table[exported].rename(columns=lambda name: name.removeprefix(LAYER))
-        rows = [{str(name): count for name, count in row.items()} for row in table.to_dict("records")]
-    maps = [_complete(row, layers, f"{path}, point {number}") for number, row in enumerate(rows, 1)]
-    if not maps:
-        raise ConfigError(f"{path} has no points")
-    return maps
-
-
-def _complete(row: Mapping[str, Any], layers: Sequence[str], where: str) -> dict[str, int]:
-    for name in row:
-        if name not in (*layers, "default"):
-            raise ConfigError(f"{where} names {name!r}, which is not simulated{nearest(name, layers)}")
-    threads = {}
-    for layer in layers:
-        count = row.get(layer, row.get("default"))
-        if count is None:
-            raise ConfigError(f"{where} leaves out layer {layer!r}; name it, or set a default")
-        whole = int(count) if isinstance(count, float) and count.is_integer() else count
-        threads[layer] = parse_threads(whole, f"{where}: threads of layer {layer!r}")
-    return threads
-
-
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """Which points a sweep evaluates: the product of maps, policies, sparsities and recalibrations.
@@ -260,11 +168,11 @@ class Sweep:
     Attributes
     ----------
     kinds : tuple of str
-        Families of `KINDS`.
+        Families of `FAMILIES`.
     counts : tuple of int
         Thread counts that these use.
     maps_file : str or None
-        File for `read_points`, besides.
+        File for `read_threads_maps`, besides.
     policies : tuple of Policy
     sparsities : tuple of float
         Each in [0, 1).
@@ -286,23 +194,21 @@ class Sweep:
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
-            if kind not in KINDS:
+            if kind not in FAMILIES:
                 raise ConfigError(
-                    f"kind={kind!r} is unknown{nearest(kind, KINDS)}; allowed: {', '.join(KINDS)}"
+                    f"kind={kind!r} is unknown{nearest(kind, FAMILIES)}; allowed: {', '.join(FAMILIES)}"
                 )
         for mode in self.recalibrate:
-            if mode not in RECALIBRATION_MODES:
-                raise ConfigError(
-                    f"recalibrate={mode!r} is unknown{nearest(mode, RECALIBRATION_MODES)}; allowed: "
-                    f"{', '.join(RECALIBRATION_MODES)}"
-                )
+            parse_recalibration(mode, "recalibrate")
         for sparsity in self.sparsities:
             if not 0 <= sparsity < 1:
                 raise ConfigError(f"sparsity={sparsity} is out of range; it must be in [0, 1)")
         if not self.kinds and self.maps_file is None:
             raise ConfigError("a sweep needs kinds of thread maps, or a file with some")
-        if self.maps_file is not None and not Path(self.maps_file).is_file():
-            raise ConfigError(f"{self.maps_file} is missing; a CSV or TOML with thread maps is needed")
+        if self.maps_file is not None:
+            if not Path(self.maps_file).is_file():
+                raise ConfigError(f"{self.maps_file} is missing; a CSV or TOML with thread maps is needed")
+            read_rows(Path(self.maps_file))  # a wrong shape is found before anything runs
         object.__setattr__(self, "counts", tuple(parse_threads(count) for count in self.counts))
         object.__setattr__(
             self, "policies", tuple(parse_name(Policy, policy, "policy") for policy in self.policies)
@@ -310,11 +216,11 @@ class Sweep:
 
     def points(self, layers: Sequence[str]) -> list[Point]:
         """Return the points, each once: sparsity changes slowest, as it costs a calibration."""
-        maps = [threads for kind in self.kinds for threads in KINDS[kind](layers, self.counts)]
+        maps = [threads for kind in self.kinds for threads in FAMILIES[kind](layers, self.counts)]
         if self.maps_file is not None:
-            maps += read_points(self.maps_file, layers)
+            maps += read_threads_maps(self.maps_file, layers)
         product = itertools.product(
-            self.sparsities, self.policies, (NOT_RECALIBRATED, *self.recalibrate), maps
+            self.sparsities, self.policies, (RecalibrationMode.NONE.value, *self.recalibrate), maps
         )
         points = [
             Point(threads, policy.value, float(sparsity), mode) for sparsity, policy, mode, threads in product

@@ -17,15 +17,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import NSGAIISampler, PartialFixedSampler, RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sysmt.config import THREAD_COUNTS, Policy
-from sysmt.study.run_config import RECALIBRATION_MODES
+from sysmt.config import THREAD_COUNTS, THREADS_OF, Policy, RecalibrationMode
+from sysmt.study.storage import one_at_a_time, quiet
 from sysmt.study.store import (
     COPY,
     ERROR,
     INTERRUPTED,
-    LAYER,
     MEASURED,
-    NOT_RECALIBRATED,
     PENDING,
     POINT,
     SAMPLED,
@@ -36,7 +34,6 @@ from sysmt.study.store import (
     given_up,
     key_of,
     plain,
-    quiet,
 )
 
 __all__ = ["Measure", "Worker"]
@@ -65,7 +62,6 @@ class Worker:
         self.store, self.measure, self.seed = store, measure, seed
         self._orphans: dict[int, float] = {}
         self._next_reclaim = 0.0
-        self._done: dict[str, FrozenTrial] = {}
 
     def work(self, on_point: Callable[[Point, Mapping[str, Any]], None] | None = None) -> int:
         """Evaluate points until none is waiting, running elsewhere, or to be sampled.
@@ -94,7 +90,7 @@ class Worker:
                     idle += 1
                     time.sleep(min(1.0, 0.1 * idle))  # should those at work die, their points come here
                     continue
-                idle, copies = 0, copies + 1
+                idle, copies = 0, copies + (POINT not in trial.user_attrs)
                 result = self._evaluate(trial, may_sample)
                 if result is not None:
                     done, copies = done + 1, 0
@@ -108,7 +104,6 @@ class Worker:
         if time.monotonic() >= self._next_reclaim:
             self.reclaim()
         trials, plan = self.store.trials(), self.store.noted("plan")
-        self._done = evaluated(trials)
         waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
         running = any(trial.state == TrialState.RUNNING for trial in trials)
         may_sample = (
@@ -120,13 +115,17 @@ class Worker:
         if plan is None or genetic is None:
             # Never asked for anything: what is in the queue sets every parameter.
             self.store.study.sampler = RandomSampler(seed=self.seed)
-            return self.store.study.ask(), may_sample
+            return self._ask(), may_sample
         self.store.study.sampler = PartialFixedSampler(plan["fixed"], genetic)
-        trial = self.store.study.ask()
+        trial = self._ask()
         if POINT in trial.user_attrs:
             # Optuna gives generations to the points that it samples; those of the queue are parents, too.
             genetic.get_trial_generation(self.store.study, self.store.storage.get_trial(self._id(trial)))
         return trial, may_sample
+
+    def _ask(self) -> Trial:
+        with one_at_a_time(self.store.url):
+            return self.store.study.ask()
 
     def _evaluate(self, trial: Trial, may_sample: bool) -> tuple[Point, dict[str, Any]] | None:
         """Evaluate a trial and finish it, whatever happens; None if there was nothing new to evaluate."""
@@ -137,10 +136,7 @@ class Worker:
                         self._tell(trial, TrialState.PRUNED)  # another worker was faster at the last point
                         return None
                     point = self._point_of(trial)
-                    twin = self._done.get(point.key)
-                    if twin is not None:
-                        trial.set_user_attr(COPY, twin.number)
-                        self._tell(trial, TrialState.COMPLETE, twin.values)
+                    if self._is_elsewhere(trial, point):
                         return None
                 start = time.monotonic()
                 try:
@@ -158,6 +154,23 @@ class Worker:
                         trial.set_user_attr(INTERRUPTED, True)
                     self._tell(trial, TrialState.FAIL)
                 raise
+
+    def _is_elsewhere(self, trial: Trial, point: Point) -> bool:
+        """Finish a trial whose point is finished, or in progress elsewhere; return whether it was so.
+
+        Two commands may have asked for the same point at once; the earlier trial is the one that counts.
+        """
+        trials = self.store.trials()
+        twin = evaluated(trials).get(point.key)
+        if twin is not None:
+            trial.set_user_attr(COPY, twin.number)
+            self._tell(trial, TrialState.COMPLETE, twin.values)
+            return True
+        running = (other for other in trials if other.state == TrialState.RUNNING)
+        if any(other.number < trial.number and key_of(other) == point.key for other in running):
+            self._tell(trial, TrialState.PRUNED)
+            return True
+        return False
 
     def _point_of(self, trial: Trial) -> Point:
         """Read a trial's point, from the queue or from the sampler."""
@@ -231,9 +244,7 @@ class Worker:
                 if ERROR in trial.user_attrs:
                     continue  # its own error, which was raised where it happened
                 alive.add(key)
-                params = trial.system_attrs.get("fixed_params", trial.params)
-                kept = {k: v for k, v in trial.user_attrs.items() if k in (POINT, SAMPLED)}
-                self.store.study.enqueue_trial(params, user_attrs=kept)
+                self.store.requeue(trial)
 
     def _lacks(self, plan: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> bool:
         """Whether a search has fewer points than planned, those in progress counted."""
@@ -255,8 +266,10 @@ class Worker:
         """Return the sampler if the next trial is the plan's; others are no parents, and have none."""
         if plan is None or (waiting and key_of(waiting[0]) not in self.store.methods(trials)[plan["method"]]):
             return None
-        # Workers must not draw the same children, nor one worker the same ones again after a restart.
-        draw = hashlib.sha256(f"{self.seed} {len(trials)}".encode()).digest()
+        # Workers must not draw the same children, nor one worker the same ones again; but a search that was
+        # killed draws what it would have drawn, so trials that failed do not count.
+        number = sum(trial.state != TrialState.FAIL for trial in trials)
+        draw = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
         return NSGAIISampler(population_size=plan["population"], seed=int.from_bytes(draw[:4], "big"))
 
     def _id(self, trial: Trial) -> int:
@@ -266,9 +279,9 @@ class Worker:
 
     def _choices(self) -> dict[str, Sequence[Any]]:
         """What each categorical parameter can be, the same in all trials as Optuna wants it."""
-        return {f"{LAYER}{name}": THREAD_COUNTS for name in self.store.layers} | {
+        return {f"{THREADS_OF}{name}": THREAD_COUNTS for name in self.store.layers} | {
             "policy": [policy.value for policy in Policy],
-            "recalibrate": (NOT_RECALIBRATED, *RECALIBRATION_MODES),
+            "recalibrate": [mode.value for mode in RecalibrationMode],
         }
 
     def _distributions(self) -> dict[str, BaseDistribution]:

@@ -176,7 +176,7 @@ def test_calibrate_checks_its_file_before_it_works(in_tmp, monkeypatch, out):
 @pytest.mark.parametrize("options", [["--sparsity", 0.5], ["--schedule", "0.2,0.5", "--epochs", 1]])
 def test_a_pruned_checkpoint_runs(in_tmp, options):
     save_weights(build_model("digits", CLASSES), "w.pt")
-    common = ["--data", f"npz:{in_tmp}", "--batch-size", 8]
+    common = ["--model", "digits", "--data", f"npz:{in_tmp}", "--batch-size", 8]
     result = invoke("prune", *common, "--weights", "w.pt", *options, "--out", "sub/pruned.pt")
     assert result.exit_code == 0, result.output
     model = load_model("digits", "sub/pruned.pt")

@@ -21,7 +21,7 @@ from sysmt.nn.networks.models import build_model, build_shapes, model_names
 from sysmt.scalesim.topology_file import read_topology
 from sysmt.study.plots.trace import pe_table
 
-RANDOM = ("--weights", "random", "--calibration-images", "8", "--cpu-threads", "1")
+RANDOM = ("--model", "digits", "--weights", "random", "--calibration-images", "8", "--cpu-threads", "1")
 
 
 def run(*args):
@@ -145,7 +145,9 @@ def test_wrong_topology_commands(args, what, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["digits", "resnet20", "resnet18", "mobilenet_v1", "resnext50_32x4d"])
+@pytest.mark.parametrize(
+    "name", ["digits", "digits32", "resnet20", "resnet18", "mobilenet_v1", "resnext50_32x4d"]
+)
 def test_exported_networks_have_the_networks_own_shapes(name, tmp_path, capsys):
     assert run("topology", "--export", name, "--image-size", 64, "--out", tmp_path / "net.csv") == 0
     layers = read_topology(tmp_path / "net.csv").layers
@@ -163,7 +165,7 @@ def test_exported_networks_have_the_networks_own_shapes(name, tmp_path, capsys):
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(note)
     with torch.no_grad():
-        model(torch.zeros(1, 1 if name == "digits" else 3, 64, 64))
+        model(torch.zeros(1, 1 if name.startswith("digits") else 3, 64, 64))
     assert [(layer.m, layer.n, layer.k) for layer in layers] == sizes
 
 
@@ -272,7 +274,7 @@ SOME = ("googlenet", "mobilenet_v2", "regnet_y_400mf", "resnext50_32x4d", "swin_
 ALL = [
     pytest.param(name, marks=[] if name in SOME else pytest.mark.slow)
     for name in model_names()
-    if name != "digits"
+    if not name.startswith("digits")
 ]
 
 

@@ -24,6 +24,7 @@ from sysmt.nn.data.labelled_images import open_data
 from sysmt.nn.networks.checkpoints import save_weights, weights_hash
 from sysmt.nn.networks.models import build_model, load_model
 from sysmt.study import evaluate as evaluate_module
+from sysmt.study import workload as workload_module
 
 TIMES = ["images_per_second", "seconds"]
 LAYERS = 8  # 7 convolutions and the classifier
@@ -175,7 +176,7 @@ def test_a_run_prices_its_events_by_the_table_that_is_named(in_tmp):
     assert "energy_pj_per_image" in default
     assert "energy_relative" in pd.read_csv("named/layers.csv")
     table = Path("mine.toml")
-    own = importlib.resources.files("sysmt.hw").joinpath("energy_45nm.toml").read_text()
+    own = importlib.resources.files("sysmt.cost").joinpath("energy_45nm.toml").read_text()
     table.write_text(re.sub(r"(?m)^(dram_byte = )([\d.]+)", r"\g<1>0", own))
     assert invoke(*line, "--energy", table, "--out", "mine").exit_code == 0
     assert pd.read_csv("mine/summary.csv").iloc[1]["energy_pj_per_image"] < default["energy_pj_per_image"]
@@ -282,7 +283,7 @@ def test_images_without_a_training_split_cannot_calibrate(in_tmp):
     ],
 )
 def test_a_wrong_threads_map_is_found_before_anything_runs(in_tmp, monkeypatch, text, parts):
-    monkeypatch.setattr(evaluate_module, "evaluate", lambda *_, **__: pytest.fail("something ran"))
+    monkeypatch.setattr(workload_module, "evaluate", lambda *_, **__: pytest.fail("something ran"))
     Path("map.toml").write_text(text)
     assert_one_error_line(invoke("run", *workload(in_tmp), "--threads-map", "map.toml"), *parts)
 
@@ -335,14 +336,14 @@ def test_debug_shows_where_an_error_came_from(in_tmp):
 
 def fail_at(monkeypatch, setting, error):
     """Let the evaluation of one setting end in an exception."""
-    original = evaluate_module.evaluate
+    original = workload_module.evaluate
 
     def evaluate(*args, what, **kwargs):
         if what == setting:
             raise error
         return original(*args, what=what, **kwargs)
 
-    monkeypatch.setattr(evaluate_module, "evaluate", evaluate)
+    monkeypatch.setattr(workload_module, "evaluate", evaluate)
 
 
 def test_ctrl_c_keeps_what_was_measured(in_tmp, monkeypatch):
@@ -422,5 +423,7 @@ def test_another_networks_calibration_is_refused(in_tmp):
     assert invoke("calibrate", *workload(in_tmp), "--out", "c.npz").exit_code == 0
     torch.manual_seed(0)
     hashes = [weights_hash(build_model("digits", CLASSES)), weights_hash(load_model("digits", "w.pt"))]
-    result = invoke("run", "--data", f"npz:{in_tmp}", "--weights", "w.pt", "--calibration", "c.npz")
+    result = invoke(
+        "run", "--model", "digits", "--data", f"npz:{in_tmp}", "--weights", "w.pt", "--calibration", "c.npz"
+    )
     assert_one_error_line(result, "c.npz", "other weights", *(value[:16] for value in hashes))

@@ -280,7 +280,7 @@ def test_report_of_a_network_prices_its_events():
         with torch.no_grad():
             model(x)
         report = sim.report().set_index("name")
-        facts = energy_facts(sim)
+        facts = energy_facts(sim.simulated(), sim.images)
         small = sim.report(load_table("sysmt-micro2020"), Memory(1, 1, 1, Bandwidth(1, 1, 1))).set_index(
             "name"
         )

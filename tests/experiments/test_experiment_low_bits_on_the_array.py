@@ -16,7 +16,7 @@ from torch import nn
 
 import sysmt
 from sysmt.nn.low_bit.straight_through import ActivationQuantizer
-from sysmt.study.workload import Subject
+from sysmt.study.workload import OpenWorkload
 
 IMAGES = 30
 
@@ -27,7 +27,20 @@ def weights(tmp_path_factory):
 
 
 def run(weights, out, *args, code=0):
-    options = ["--weights", weights, "--data", "digits", "--out", out, "--images", IMAGES, "--epochs", 1]
+    options = [
+        "--model",
+        "digits",
+        "--weights",
+        weights,
+        "--data",
+        "digits",
+        "--out",
+        out,
+        "--images",
+        IMAGES,
+        "--epochs",
+        1,
+    ]
     options += ["--calibration-images", 64, "--recalibration-images", 128, "--cpu-threads", 1]
     return small_experiments.run(on_array, *options, *args, code=code)
 
@@ -79,7 +92,7 @@ def test_what_is_narrow_costs_nothing(weights, tmp_path):
 def test_a_stopped_run_goes_on_with_the_network_it_trained(weights, tmp_path, monkeypatch):
     run(weights, tmp_path / "whole", "--schemes", "ternary+4-bit")
     calls, trainings = [], []
-    honest, learn = Subject.evaluate, on_array.train
+    honest, learn = OpenWorkload.evaluate, on_array.train
 
     def evaluate(self, what):
         calls.append(what)
@@ -87,7 +100,7 @@ def test_a_stopped_run_goes_on_with_the_network_it_trained(weights, tmp_path, mo
             raise KeyboardInterrupt
         return honest(self, what)
 
-    monkeypatch.setattr(Subject, "evaluate", evaluate)
+    monkeypatch.setattr(OpenWorkload, "evaluate", evaluate)
     monkeypatch.setattr(on_array, "train", lambda *args, **more: trainings.append(1) or learn(*args, **more))
     run(weights, tmp_path / "parts", "--schemes", "ternary+4-bit", code=130)
     status = tomllib.loads((tmp_path / "parts" / "config.toml").read_text())["outcome"]["status"]

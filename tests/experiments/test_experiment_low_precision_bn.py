@@ -30,7 +30,20 @@ run = functools.partial(small_experiments.run, module)
 
 
 def quick(weights, out, *more):
-    return ["--quick", "--weights", weights, "--data", "digits", "--images", 200, "--out", out, *more]
+    return [
+        "--quick",
+        "--model",
+        "digits",
+        "--weights",
+        weights,
+        "--data",
+        "digits",
+        "--images",
+        200,
+        "--out",
+        out,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,19 @@ def weights(tmp_path_factory):
 
 
 def run(weights, out, *args, code=0):
-    options = ["--weights", weights, "--data", "digits", "--out", out, "--images", 30, "--quick"]
+    options = [
+        "--model",
+        "digits",
+        "--weights",
+        weights,
+        "--data",
+        "digits",
+        "--out",
+        out,
+        "--images",
+        30,
+        "--quick",
+    ]
     options += ["--calibration-images", 64, "--recalibration-images", 256, "--cpu-threads", 1]
     return small_experiments.run(sqnr, *options, *args, code=code)
 

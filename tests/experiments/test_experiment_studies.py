@@ -21,7 +21,20 @@ def weights(tmp_path_factory):
 
 
 def run(module, weights, out, *args):
-    line = ["--quick", "--weights", weights, "--data", "digits", "--out", out, "--images", 40, *args]
+    line = [
+        "--quick",
+        "--model",
+        "digits",
+        "--weights",
+        weights,
+        "--data",
+        "digits",
+        "--out",
+        out,
+        "--images",
+        40,
+        *args,
+    ]
     line += ["--calibration-images", 64, "--recalibration-images", 128]
     return small_experiments.run(module, *line)
 

@@ -22,7 +22,7 @@ from sysmt.nn.data.labelled_images import open_data
 from sysmt.nn.networks.checkpoints import save_weights
 from sysmt.nn.networks.models import build_model
 from sysmt.study.ledger import Ledger
-from sysmt.study.workload import Subject
+from sysmt.study.workload import OpenWorkload
 
 IMAGES = 200
 
@@ -35,7 +35,7 @@ def weights(tmp_path_factory):
 def small(weights, out, images=IMAGES):
     """The options of a small run."""
     return [
-        *("--weights", weights, "--data", "digits", "--out", out),
+        *("--model", "digits", "--weights", weights, "--data", "digits", "--out", out),
         *("--images", images, "--calibration-images", 64),
     ]
 
@@ -125,7 +125,7 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(weights, tmp_path,
     run(table1, *small(weights, tmp_path / "whole", images=20), *options)
     whole = pd.read_csv(tmp_path / "whole" / "points.csv").drop(columns="seconds")
     evaluations = []
-    honest = Subject.evaluate
+    honest = OpenWorkload.evaluate
 
     def evaluate(self, what):
         evaluations.append(what)
@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(weights, tmp_path,
             raise KeyboardInterrupt
         return honest(self, what)
 
-    monkeypatch.setattr(Subject, "evaluate", evaluate)
+    monkeypatch.setattr(OpenWorkload, "evaluate", evaluate)
     run(table1, *small(weights, tmp_path / "parts", images=20), *options, code=130)
     assert len(pd.read_csv(tmp_path / "parts" / "points.csv")) == 5
     status = tomllib.loads((tmp_path / "parts" / "config.toml").read_text())["outcome"]["status"]
@@ -152,7 +152,10 @@ def test_another_configuration_is_refused(weights, tmp_path):
     before = (tmp_path / "config.toml").read_text()
     for changed, what in (
         ([*small(weights, tmp_path, images=11), *options], "images = 10, now it is 11"),
-        (["--weights", weights, "--data", "digits", "--out", tmp_path, *options], "images = 10"),
+        (
+            ["--model", "digits", "--weights", weights, "--data", "digits", "--out", tmp_path, *options],
+            "images = 10",
+        ),
         ([*small(weights, tmp_path, images=10), *options, "--mode", "final"], "mode = 'ema'"),
     ):
         with pytest.raises(OutputError, match=what):
@@ -221,7 +224,7 @@ def test_the_preset_opens_each_network_that_needs_no_training(monkeypatch, tmp_p
     except ConfigError as error:
         pytest.skip(str(error))
     for network in workloads({}, "shared:resnet20,resnet32", False, ()):
-        subject = Subject(network.config)
+        subject = OpenWorkload(network.config)
         assert subject.data.images("test") == 1000
         assert subject.data.preprocessing.pad_pixels == 4
 

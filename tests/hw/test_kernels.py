@@ -269,7 +269,7 @@ def test_rejects_wrong_arguments():
         conv.forward(x, 1.0, ones[:1])
     with pytest.raises(OperandError, match="writeable"):
         conv.forward(x, 1.0, ones, out=np.zeros((1, 2, 4, 5), np.float32))
-    for scale in (0.0, -1.0, float("nan"), float("inf"), 1e-45):
+    for scale in (0.0, -1.0, float("nan"), float("inf"), 1e-45, 2.0**-127, 1e39):
         with pytest.raises(OperandError, match="scale_a"):
             conv.forward(x, scale, ones)
     with pytest.raises(OperandError, match="groups=3"):

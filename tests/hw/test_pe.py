@@ -1,4 +1,4 @@
-"""One slot of one PE against values worked out by hand: each row of the tables in the specification."""
+"""One slot of one PE against values worked out by hand: each row of the tables in docs/semantics.md."""
 
 import numpy as np
 import pytest

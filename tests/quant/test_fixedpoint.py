@@ -1,4 +1,4 @@
-"""Fixed point: values worked out by hand from seed 002, and the integer steps against exact arithmetic."""
+"""Fixed point: values worked by hand from the article, integer steps against exact arithmetic."""
 
 import math
 

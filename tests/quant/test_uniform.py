@@ -38,10 +38,79 @@ def test_vanishing_maximum_gives_scale_one():
     assert activation_range([1e-40], signed=False).scale == 1.0
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e-42])
+LEAST = float(np.finfo(np.float32).tiny)  # 2**-126
+NO_SCALES = [0.0, -0.0, -1.0, float("nan"), float("inf"), 1e-45, 1e-42, LEAST / 2, LEAST * (1 - 2**-23), 1e39]
+
+
+@pytest.mark.parametrize("scale", NO_SCALES)
 def test_bad_scale(scale):
-    with pytest.raises(ConfigError, match="scale"):
+    with pytest.raises(
+        ConfigError, match="activation scale=.* is not possible; a positive, finite, normal float32"
+    ):
         ActivationRange(scale)
+
+
+@pytest.mark.parametrize("scale", NO_SCALES)
+def test_weights_are_not_quantised_by_what_is_no_scale(scale):
+    with np.errstate(over="ignore"):
+        scales = np.array([1.0, scale], np.float32)
+    with pytest.raises(ConfigError, match="output channel 1 is no scale"):
+        quantize_weights(np.zeros((2, 1), np.float32), scales)
+
+
+@pytest.mark.parametrize("scale", [LEAST, 1.0, float(np.finfo(np.float32).max)])
+def test_every_normal_scale_quantises_zero_to_zero_and_itself_to_one(scale):
+    values = np.array([[0.0, scale, -scale]], np.float32)
+    assert quantize_weights(values, np.array([scale], np.float32)).tolist() == [[0, 1, -1]]
+    assert quantize_activations(values, ActivationRange(scale, signed=True)).tolist() == [[0, 1, -1]]
+
+
+def test_a_weight_far_beyond_the_scale_is_clamped():
+    codes = quantize_weights(np.array([[3e38, -3e38, 0]], np.float32), np.array([LEAST], np.float32))
+    assert codes.tolist() == [[127, -127, 0]]
+
+
+@pytest.mark.parametrize("scale", [True, np.True_, "0.5", None, [0.5], 1e39, 10**400])
+def test_what_is_no_float32_number_is_no_scale(scale):
+    with pytest.raises(ConfigError, match="activation scale=.*a positive, finite, normal float32"):
+        ActivationRange(scale)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.1), np.float64(0.1), np.array(0.1), 0.1])
+def test_scales_of_every_kind_become_float32_values(scale):
+    assert ActivationRange(scale).scale == float(np.float32(0.1))
+
+
+@pytest.mark.parametrize("signed", ["false", 0, None])
+def test_signed_is_a_truth_value(signed):
+    with pytest.raises(ConfigError, match="signed=.* must be True or False"):
+        ActivationRange(1.0, signed)
+
+
+def test_numbers_that_vanish_or_overflow_are_no_errors_however_numpy_is_set():
+    tiny = np.array([[1e-40, 2e-30, -1.0], [1e38, -1e-44, 3e-45]], np.float32)
+
+    def results():
+        range_ = activation_range([1e-45, 1e-300], signed=False)
+        scales = weight_scales(tiny)
+        return [
+            np.float32(range_.scale),
+            np.float32(activation_range([3e38], signed=True).scale),
+            scales,
+            quantize_weights(tiny, scales),
+            quantize_weights(tiny, np.array([1.2e-38, 1.2e-38], np.float32)),
+            quantize_activations(tiny, ActivationRange(1e30)),
+            quantize_activations(tiny, ActivationRange(1e-30)),
+            dequantize(np.array([[1, 2]], np.int32), 1e-30, np.array([1e-30, 1e38], np.float32)),
+        ]
+
+    usual = results()
+    with np.errstate(all="raise"):
+        strict = results()
+    assert usual[0] == 1.0
+    assert usual[4].tolist() == [[0, 127, -127], [127, 0, 0]]
+    for left, right in zip(usual, strict, strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 def test_halves_round_to_even_and_clamp():

@@ -103,7 +103,7 @@ def sim():
 def test_throttle_lowers_the_worst_layers(sim):
     measure_errors(sim, [torch.rand(8, 1, 8, 8)], 8)
     assert not sim.errors
-    mse = {layer.name: layer.mse for layer in sim.simulated()}
+    mse = {layer.name: layer.counts.mse for layer in sim.simulated()}
     worst = sorted(mse, key=mse.__getitem__)[-2:]
     assert throttle(sim, 2, 2) == {name: 2 if name in worst else 4 for name in mse}
     with pytest.raises(CalibrationError, match="measure_errors"):

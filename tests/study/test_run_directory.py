@@ -1,5 +1,10 @@
 """A run's directory: its own, writable before it starts, and no half-written file in it."""
 
+import os
+import shlex
+import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -9,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sysmt.errors import ConfigError, OutputError
-from sysmt.study.run_directory import RunDirectory, check_writable, read_csv, read_toml
+from sysmt.errors import ConfigError, InUseError, OutputError
+from sysmt.files import read_csv, read_toml
+from sysmt.study.run_directory import RunDirectory, check_writable, provenance, without_password
 
 
 def test_default_directories_are_numbered(tmp_path, monkeypatch):
@@ -67,6 +73,7 @@ def test_files_are_whole_or_absent(tmp_path):
     for name in ("kept.json", "new.json"):
         with pytest.raises(ZeroDivisionError):
             fail_half_way(name)
+    directory.close()
     assert [path.name for path in directory.path.iterdir()] == ["kept.json"]
     assert '"old": 1' in (directory.path / "kept.json").read_text()
 
@@ -83,6 +90,36 @@ def test_only_what_was_made_for_the_run_is_removed(tmp_path):
     assert (tmp_path / "deep/er/x.json").exists()
 
 
+def test_one_process_at_a_time_has_a_directory(tmp_path):
+    first = RunDirectory(tmp_path / "r")
+    with pytest.raises(InUseError, match=rf"another process \({os.getpid()} on .*\)"):
+        RunDirectory(tmp_path / "r")
+    first.write_json("x.json", {})
+    beside = RunDirectory(tmp_path / "r", shared=True, stale=("*.json",))
+    assert beside.resumed
+    first.close()
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["x.json"]
+    second = RunDirectory(tmp_path / "r", resumes=lambda path: (path / "x.json").is_file(), stale=("*.json",))
+    assert second.resumed
+    assert (tmp_path / "r" / "x.json").is_file()
+
+
+def test_the_directory_of_a_killed_process_is_free_and_counts_as_empty(tmp_path):
+    code = (
+        "import os, signal; from sysmt.study.run_directory import RunDirectory;"
+        f"d = RunDirectory({str(tmp_path / 'r')!r}); open(d.path / '.x-1.partial.csv', 'w').close();"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    partial = tmp_path / "r" / ".x-1.partial.csv"
+    with RunDirectory(tmp_path / "r"):
+        assert partial.exists()  # young enough to be somebody's
+    os.utime(partial, (0, 0))
+    with RunDirectory(tmp_path / "r"):
+        assert not partial.exists()
+    assert not (tmp_path / "r").exists() or not any((tmp_path / "r").iterdir())
+
+
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=False), min_size=1))
 def test_tables_come_back_bit_for_bit(tmp_path_factory, values):
     directory = RunDirectory(tmp_path_factory.mktemp("r"))
@@ -92,15 +129,16 @@ def test_tables_come_back_bit_for_bit(tmp_path_factory, values):
     assert (found["text"] == "a,b").all()
 
 
-def test_tables_of_something_else_are_refused(tmp_path):
-    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigError, match="lacks the column 'c'; it has a, b"):
-        read_csv(tmp_path / "t.csv", ("a", "c"))
-    (tmp_path / "t.csv").write_text("")
-    with pytest.raises(ConfigError, match="is no table"):
-        read_csv(tmp_path / "t.csv")
-    with pytest.raises(ConfigError, match="missing"):
-        read_csv(tmp_path / "nothing.csv")
+def test_passwords_are_not_kept(monkeypatch):
+    for url, shown in {
+        "postgresql://rel:sEcret99@127.0.0.1:54399/studies": "postgresql://rel:***@127.0.0.1:54399/studies",
+        "--storage=postgresql+psycopg://u:s@E:cret@host/x?a=b": "--storage=postgresql+psycopg://u:***@host/x?a=b",
+        "postgresql://me@host/db": "postgresql://me@host/db",
+        "sqlite:////tmp/a:b@c.db": "sqlite:////tmp/a:b@c.db",
+    }.items():
+        assert without_password(url) == shown
+        monkeypatch.setattr("sys.argv", ["/bin/sysmt", "sweep", url])
+        assert shlex.split(provenance()["command"]) == ["sysmt", "sweep", shown]
 
 
 def test_toml_comes_back(tmp_path):

@@ -12,19 +12,11 @@ from hypothesis import strategies as st
 from tiny import assert_one_error_line, invoke, workload, write_images
 
 from sysmt.errors import ConfigError
+from sysmt.study.knapsack import harms_of, knapsack, knapsack_maps
 from sysmt.study.pareto import pareto_front
-from sysmt.study.search import (
-    choose,
-    front_table,
-    greedy_maps,
-    harms_of,
-    knapsack,
-    knapsack_maps,
-    map_speedup,
-    random_maps,
-)
+from sysmt.study.search import choose, front_table
 from sysmt.study.store import Store
-from sysmt.study.thread_maps import read_threads_map
+from sysmt.study.thread_maps import greedy_maps, map_speedup, random_maps, read_threads_map
 
 COUNTS = (1, 2, 4)
 
@@ -216,6 +208,11 @@ def test_wrong_options_end_in_one_line(in_tmp):
     assert_one_error_line(invoke(*line, "--evaluations", "0"), "evaluations=0")
     assert_one_error_line(invoke(*line, "--held-out", "1"), "held_out=1.0")
     assert_one_error_line(invoke(*line, "--sensitivity-images", "-1"), "sensitivity_images=-1")
+    for option, value in itertools.product(("--target-speedup", "--max-drop"), ("nan", "-1", "inf", "101")):
+        assert_one_error_line(invoke(*line, option, value), f"{option[2:].replace('-', '_')}=")
+    assert_one_error_line(invoke(*line, "--target-speedup", "99"), "target_speedup=99.0", "[1, 4]")
+    assert_one_error_line(invoke(*line, "--storage", "sqlite://", "--out", "out"), "in memory")
+    assert not Path("out").exists()
     assert not Path("results").exists()
 
 

@@ -1,20 +1,24 @@
 """Studies survive their workers: resumed, shared, refused to strangers, on SQLite and PostgreSQL."""
 
+import contextlib
 import io
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 
 from sysmt.errors import ConfigError, OutputError
-from sysmt.study.store import Point, Store, storage_url
+from sysmt.study.storage import storage_url
+from sysmt.study.store import Point, Store
 from sysmt.study.worker import Worker
 
 LAYERS = ["a", "b", "c"]
@@ -240,9 +244,20 @@ def test_a_point_that_kills_its_workers_is_given_up_and_counted(tmp_path):
         Worker(store, measure).reclaim()
     assert store.counts()["failed"] == 1
     assert Worker(store, measure).work() == 0
-    assert store.enqueue(points(1)) == 1  # a new run tries again
-    assert Worker(store, measure).work() == 1
-    assert store.counts()["failed"] == 0
+    (left,) = store.left_out().to_dict("records")
+    assert (left["point"], left["reason"]) == (points(1)[0].key, "it ended 3 workers")
+    assert {name: left[f"threads of {name}"] for name in LAYERS} == points(1)[0].threads
+    assert store.enqueue(points(2)) == 1  # a new run leaves it alone, unless it is told to retry
+    assert store.retry_given_up() == 1
+    assert store.retry_given_up() == 0
+    store.study.tell(store.study.ask(), state=_failed())  # the other point, for once
+    for _ in range(2):
+        store.study.tell(store.study.ask(), state=_failed())
+        Worker(store, measure).reclaim()
+    assert store.counts()["failed"] == 0  # it has three attempts again
+    assert Worker(store, measure).work() == 2
+    assert store.counts() == {"complete": 2, "waiting": 0, "running": 0, "failed": 0}
+    assert store.left_out().empty
 
 
 def _failed():
@@ -332,11 +347,135 @@ def test_a_search_in_an_exhausted_space_ends(tmp_path, monkeypatch):
         assert Worker(store, lambda point: {"speedup": 1.0, "top1": 0.5}).work() == 3
 
 
+# -- where a study is kept ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run?lr=1", "100%", "100%25", "{x}", "a#b", "ü ñ+&", "a%3Fb", "x.db"])
+def test_any_file_name_is_a_database_of_its_own(tmp_path, name):
+    (tmp_path / "run?lr=2").mkdir()
+    for path in (tmp_path / name / "study.db", tmp_path / "run?lr=2"):
+        store = Store(path, "s", facts={"at": str(path)}, layers=LAYERS)
+        assert Store(path).facts == Store(store.url).facts == {"at": str(path)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "run?lr=2"])
+    assert (tmp_path / name / "study.db").is_file()
+
+
+def test_a_database_in_memory_is_refused():
+    for url in ("sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"):
+        with pytest.raises(ConfigError, match="in memory"):
+            Store(url, "s", facts=FACTS, layers=LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("directions", "attributes", "trials"),
+    [
+        (["minimize", "minimize"], {}, 1),
+        (["minimize"], {}, 0),
+        (["maximize", "maximize"], {}, 1),
+        (["maximize", "maximize"], {"mine": 1}, 0),
+        (["maximize", "maximize"], {"facts": 1, "layers": [], "notes": {}}, 0),
+    ],
+)
+def test_somebody_elses_study_is_refused_and_left_as_it_was(tmp_path, directions, attributes, trials):
+    url = f"sqlite:///{tmp_path}/theirs.db"
+    theirs = optuna.create_study(storage=url, study_name="mine", directions=directions)
+    for key, value in attributes.items():
+        theirs.set_user_attr(key, value)
+    for _ in range(trials):
+        theirs.enqueue_trial({"x": 0.7})
+    for more in ({"facts": FACTS, "layers": LAYERS}, {}):
+        with pytest.raises(ConfigError, match="not one of sysmt's"):
+            Store(url, "mine", **more)
+    found = optuna.load_study(storage=url, study_name="mine")
+    assert found.metric_names is None
+    assert [one.name.lower() for one in found.directions] == directions
+    assert found.user_attrs == attributes
+    assert [trial.state.name for trial in found.trials] == ["WAITING"] * trials
+    Store(url, "another", facts=FACTS, layers=LAYERS)  # beside it there is room
+
+
+def test_joining_makes_no_tables_in_somebody_elses_database(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "theirs.db")) as theirs:
+        theirs.execute("create table things (x)")
+        with pytest.raises(ConfigError, match="no studies"):
+            Store(tmp_path / "theirs.db")
+        assert theirs.execute("select name from sqlite_master").fetchall() == [("things",)]
+
+
+def test_tables_of_another_version_of_optuna_are_one_of_our_errors(tmp_path):
+    make(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        connection.execute("update alembic_version set version_num='v2.6.0.a'")
+        connection.commit()
+    for more in ({"facts": FACTS, "layers": LAYERS}, {}):
+        with pytest.raises(OutputError, match="cannot be used: .*optuna"):
+            Store(tmp_path / "study.db", "s", **more)
+
+
+def test_a_study_whose_maker_was_killed_is_completed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sysmt.study.store.HALF_MADE_S", 0.2)
+    url = f"sqlite:///{tmp_path}/study.db"
+    half = optuna.create_study(storage=url, study_name="s", directions=["maximize", "maximize"])
+    half.set_user_attr("layers", ["other"])
+    with pytest.raises(ConfigError, match="not finished being made"):
+        Store(url)
+    store = make(tmp_path)
+    assert (store.facts, store.layers, store.notes) == (FACTS, LAYERS, {})
+    assert store.study.metric_names == ["speedup", "top1"]
+
+
+MAKER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_store import FACTS, LAYERS, measure, points
+from sysmt.study.store import Store
+from sysmt.study.worker import Worker
+
+store = Store(sys.argv[1], "s", facts=FACTS, layers=LAYERS)
+store.enqueue(points(), "sweep")
+print(Worker(store, measure).work())
+"""
+
+
+def test_the_same_new_study_started_several_times_at_once_measures_every_point_once(tmp_path):
+    for attempt in range(3):
+        path = tmp_path / f"{attempt}.db"
+        command = [sys.executable, "-c", MAKER, str(path), str(Path(__file__).parent)]
+        started = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
+        said = [one.communicate(timeout=120) for one in started]
+        assert [one.returncode for one in started] == [0, 0, 0], said
+        assert sum(int(out) for out, _ in said) == 9
+        store = Store(path)
+        assert store.counts() == {"complete": 9, "waiting": 0, "running": 0, "failed": 0}
+        assert len(store.table("sweep")) == 9
+
+
+def test_a_point_that_was_asked_for_twice_is_measured_once(tmp_path):
+    store = make(tmp_path)
+    store.enqueue(points(2))
+    for point in points(2):  # as if another command had asked at the same moment
+        store.study.enqueue_trial(point.to_params(), user_attrs={"point": point.key})
+    first = Worker(store, measure)
+    taken, _ = first._take()
+    measured = []
+    done = Worker(store, lambda point: measured.append(point) or measure(point))
+    for _ in range(3):
+        done._evaluate(done._take()[0], False)
+    assert measured == points(2)[1:]  # neither what the first worker has, nor its own point again
+    assert first._evaluate(taken, False) is not None
+    assert store.counts() == {"complete": 2, "waiting": 0, "running": 0, "failed": 0}
+
+
 def test_storage_url(tmp_path):
     assert storage_url("postgresql://me@host/db") == "postgresql+psycopg://me@host/db"
     assert storage_url("postgresql+psycopg2://host/db") == "postgresql+psycopg2://host/db"
     assert storage_url(tmp_path) == f"sqlite:///{tmp_path}/study.db"
     assert storage_url(tmp_path / "x.db") == f"sqlite:///{tmp_path}/x.db"
+    assert storage_url("postgresql://u:p@ss:w@rd/x") == "postgresql+psycopg://u:p%40ss%3Aw@rd/x"
+    assert storage_url("postgresql://u:p%40ss@h:1/x?a=b@c") == "postgresql+psycopg://u:p%40ss@h:1/x?a=b@c"
 
 
 # -- PostgreSQL --------------------------------------------------------------------------------

@@ -1,22 +1,30 @@
 """Lists of points, the bench that measures them, and `sysmt sweep` from the command line."""
 
+import contextlib
 import math
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 from tiny import TEST_IMAGES, assert_one_error_line, invoke, workload, write_images
 
 from sysmt.errors import ConfigError
 from sysmt.study.run_config import RunConfig
+from sysmt.study.run_directory import RunDirectory
+from sysmt.study.storage import quiet
 from sysmt.study.store import Point, Store
-from sysmt.study.sweep import Bench, Sweep, one_at_a_time, prefixes, read_points, suffixes, uniform
+from sysmt.study.sweep import Bench, Sweep
+from sysmt.study.thread_maps import one_at_a_time, prefixes, read_threads_maps, suffixes, uniform
+from sysmt.study.worker import Worker
 
 LAYERS = ["a", "b", "c"]
 SIMULATED = 6  # of the digits network
@@ -66,14 +74,19 @@ def test_wrong_sweeps_are_refused(change, words):
 
 def test_maps_from_files(tmp_path):
     (tmp_path / "maps.csv").write_text("a,b,c\n1,2,4\n4,4,4\n")
-    assert read_points(tmp_path / "maps.csv", LAYERS) == [{"a": 1, "b": 2, "c": 4}, dict.fromkeys(LAYERS, 4)]
+    assert read_threads_maps(tmp_path / "maps.csv", LAYERS) == [
+        {"a": 1, "b": 2, "c": 4},
+        dict.fromkeys(LAYERS, 4),
+    ]
     (tmp_path / "maps.toml").write_text('[[points]]\na = 1\ndefault = 4\n[[points]]\n"b" = 2\ndefault = 1\n')
-    assert read_points(tmp_path / "maps.toml", LAYERS) == [
+    assert read_threads_maps(tmp_path / "maps.toml", LAYERS) == [
         {"a": 1, "b": 4, "c": 4},
         {"a": 1, "b": 2, "c": 1},
     ]
     (tmp_path / "export.csv").write_text("point,top1,threads of a,threads of b,threads of c\nx,0.5,1,1,2\n")
-    assert read_points(tmp_path / "export.csv", LAYERS) == [{"a": 1, "b": 1, "c": 2}]
+    assert read_threads_maps(tmp_path / "export.csv", LAYERS) == [{"a": 1, "b": 1, "c": 2}]
+    (tmp_path / "sheet.csv").write_text("a,b,c\r\n1.0, 2,4\r\n,,\r\n")
+    assert read_threads_maps(tmp_path / "sheet.csv", LAYERS) == [{"a": 1, "b": 2, "c": 4}]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +97,10 @@ def test_maps_from_files(tmp_path):
         ("x.csv", "a,b,c\n1,2,3\n", "threads of layer 'c'"),
         ("x.csv", "a,b,c\n1,2,\n", "threads of layer 'c'"),
         ("x.csv", "a,b,c\n", "no points"),
+        ("x.csv", "a,b,c\n4,4,4,2,1\n", "line 2, column 7: .* '2' belongs to none"),
+        ("x.csv", "a,b,c\n4,4,4\n4,4\n", "line 3, column 3: .* cells are missing"),
+        ("x.csv", "a,b,c\n4,4,nan\n", "line 2, column 5: threads of layer 'c'='nan'"),
+        ("x.csv", "a,b,c\n4,1.5,1\n", "line 2, column 3: threads of layer 'b'='1.5'"),
         ("x.toml", "points = 3", "must be tables"),
         ("x.toml", "a = ", "no TOML"),
         ("missing.csv", None, "missing.csv"),
@@ -93,7 +110,7 @@ def test_wrong_files_are_refused(tmp_path, name, text, words):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=words):
-        read_points(tmp_path / name, LAYERS)
+        read_threads_maps(tmp_path / name, LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +125,7 @@ def in_tmp(tmp_path, monkeypatch, images):
 
 
 def config(file, **more):
-    return RunConfig(weights="random", data=f"npz:{file}", batch_size=8, **more)
+    return RunConfig(model="digits", weights="random", data=f"npz:{file}", batch_size=8, **more)
 
 
 def test_the_bench_measures_what_a_run_measures(in_tmp):
@@ -256,8 +273,9 @@ def test_kill_9_and_the_same_command_again(in_tmp):
     end = time.monotonic() + 100
     while time.monotonic() < end and killed.poll() is None:
         time.sleep(0.1)
-        if Path("out/config.toml").is_file() and len(Store("out").table()) >= 3:
-            break
+        with contextlib.suppress(ConfigError):  # the study is still being made
+            if len(Store("out").table()) >= 3:
+                break
     assert killed.poll() is None, "it was over before it could be killed"
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
@@ -266,10 +284,193 @@ def test_kill_9_and_the_same_command_again(in_tmp):
     lost = Store("out").counts()["running"]
     assert lost <= 1
     store = Store("out", grace_s=1, heartbeat_s=1)  # as the command does, but without the long wait
-    from sysmt.study.worker import Worker
-
     bench = Bench(RunConfig.from_record(store.notes["config"]))
     Worker(store, bench.measure).work()
     table = store.table().set_index("point")
     assert len(table) == 3 + 15 + 15
     assert np.array_equal(table.loc[finished.index, "evaluation_seconds"], finished)
+
+
+# -- several processes, and their ends ---------------------------------------------------------
+
+
+def command(images, *more):
+    """Return the command line of a small sweep in a process of its own."""
+    line = [sys.executable, "-m", "sysmt", "sweep", *map(str, workload(images)), "--no-plots"]
+    return [*line, "--out", "out", "--cpu-threads", "1", *more]
+
+
+def wait_until(condition, what, seconds=100):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} takes too long"
+        time.sleep(0.05)
+
+
+def workers_of_finished_points():
+    try:
+        trials = Store("out").trials()
+    except ConfigError:  # the study is still being made
+        return []
+    return [trial.user_attrs["worker"] for trial in trials if "measured" in trial.user_attrs]
+
+
+def is_alive(pid):
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+MANY = ("--kinds", "uniform,prefix,suffix", "--sparsities", ",".join(f"0.{i:02}" for i in range(40)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_helpers_end_with_the_process_that_started_them(in_tmp, number):
+    parent = subprocess.Popen(
+        command(in_tmp, *MANY, "--workers", "2"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    own = f":{parent.pid}"
+    wait_until(
+        lambda: any(not worker.endswith(own) for worker in workers_of_finished_points()), "the helper's start"
+    )
+    helper = next(worker for worker in workers_of_finished_points() if not worker.endswith(own))
+    helper_pid = int(helper.rpartition(":")[2])
+    parent.send_signal(number)
+    said = parent.communicate(timeout=60)[1]
+    wait_until(lambda: not is_alive(helper_pid), "the helper's end", 30)
+    running = [trial.user_attrs["worker"] for trial in Store("out").trials() if trial.state.name == "RUNNING"]
+    assert helper not in running  # it finished its point, or gave it back
+    if number == signal.SIGKILL:
+        assert parent.returncode == -number
+        return
+    assert parent.returncode == 128 + number
+    assert f"interrupted by {number.name}" in said
+    assert not running
+    assert len(pd.read_csv("out/points.csv")) == len(Store("out").table()) < 33 * 40
+    assert not Path("out/.sysmt-lock").exists()
+
+
+def test_nothing_in_the_current_directory_is_run(in_tmp):
+    Path("optuna.py").write_text("open('ran-from-here', 'w').close(); raise ImportError('hijacked')")
+    safe, *line = command(in_tmp, "--workers", "2")
+    done = subprocess.run(
+        [safe, "-P", *line],
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ended early" not in done.stderr
+    assert not Path("ran-from-here").exists()
+    assert Path("out/worker-1.log").is_file()
+
+
+def test_the_same_sweep_started_twice_at_once_is_one_sweep(in_tmp):
+    line = command(in_tmp, "--kinds", "uniform,prefix")
+    started = [
+        subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [one.communicate(timeout=200)[1] for one in started]
+    assert [one.returncode for one in started] == [0, 0], said
+    store = Store("out")
+    assert len(pd.read_csv("out/points.csv")) == len(store.table("sweep")) == 3 + 15
+    assert sum("measured" in trial.user_attrs for trial in store.trials()) == 3 + 15
+    assert store.counts()["waiting"] == store.counts()["running"] == 0
+
+
+def test_a_directory_that_another_process_has_is_refused(in_tmp):
+    with RunDirectory("out"):
+        for name in ("run", "search", "sweep"):
+            result = invoke(name, *workload(in_tmp), "--out", "out", "--no-plots")
+            assert_one_error_line(result, "out is being written by another process", str(os.getpid()))
+
+
+@pytest.mark.parametrize("left", [("config.toml",), ("config.toml", "study.db"), ()])
+def test_a_sweep_that_was_killed_while_it_was_made_goes_on(in_tmp, left):
+    line = ("sweep", *workload(in_tmp), "--threads", "4", "--out", "out", "--no-plots")
+    assert invoke(*line).exit_code == 0
+    config = Path("out/config.toml").read_text()
+    shutil.rmtree("out")
+    Path("out").mkdir()
+    Path("out/.sysmt-lock").write_text("1234 on there")
+    if "config.toml" in left:
+        Path("out/config.toml").write_text(config)
+    if "study.db" in left:  # with tables, and nothing in them
+        optuna.storages.RDBStorage(f"sqlite:///{Path('out').absolute()}/study.db")
+    result = invoke(*line)
+    assert result.exit_code == 0, result.output
+    assert len(pd.read_csv("out/points.csv")) == 1
+
+
+def test_a_wrong_beginning_leaves_nothing(in_tmp):
+    assert_one_error_line(invoke("sweep", *workload("missing.npz"), "--out", "out"), "missing.npz")
+    assert not Path("out").exists()
+
+
+def test_the_same_command_without_a_directory_goes_on_where_it_was_stopped(in_tmp):
+    line = ("sweep", *workload(in_tmp), "--threads", "1,4", "--no-plots")
+    assert invoke(*line).exit_code == 0
+    config = Path("results/sweep-digits-1/config.toml")
+    assert 'status = "complete"' in config.read_text()
+    assert invoke(*line).exit_code == 0  # the first is complete: another one
+    assert sorted(os.listdir("results")) == ["sweep-digits-1", "sweep-digits-2"]
+    config.write_text(config.read_text().replace('"complete"', '"running"'))  # as kill -9 leaves it
+    for other in (("--seed", "1"), ("--policies", "S+W"), ("--new",)):
+        assert "sweep-digits-1" not in invoke(*line, *other).stderr
+    assert len(os.listdir("results")) == 5
+    with RunDirectory("results/sweep-digits-1", overwrite=True):  # somebody is at it
+        assert "sweep-digits-6" in invoke(*line).stderr
+    result = invoke(*line)
+    assert result.exit_code == 0, result.output
+    assert "going on with 2 finished points in results/sweep-digits-1" in result.stderr
+    assert len(os.listdir("results")) == 6
+    assert 'status = "complete"' in config.read_text()
+
+
+def give_up(store):
+    """Let the next point in the queue end three workers, as when it needs too much memory."""
+    for _ in range(3):
+        with quiet():
+            store.study.tell(store.study.ask(), state=optuna.trial.TrialState.FAIL)
+            Worker(store, lambda point: {}).reclaim()
+
+
+@pytest.mark.parametrize("kind", ["sweep", "search"])
+def test_an_incomplete_result_says_so_until_it_is_retried(in_tmp, kind):
+    line = (kind, *workload(in_tmp), "--out", "out")
+    line += (
+        ("--threads", "1,4")
+        if kind == "sweep"
+        else ("--evaluations", "6", "--seeds", "6", "--sensitivity-images", "16", "--held-out", "0")
+    )
+    assert invoke(*line, "--no-plots").exit_code == 0
+    store, table = Store("out"), Store("out").table()
+    lost = Point(dict.fromkeys(store.layers, 1), recalibrate=str(table["recalibrate"][0]))
+    assert lost.key in set(table["point"])
+    with contextlib.closing(sqlite3.connect("out/study.db")) as database:  # it was never measured
+        database.execute("update trials set state='WAITING' where number = ?", [_number(table, lost)])
+        database.commit()
+    give_up(Store("out"))
+    for _ in range(2):
+        result = invoke(*line)
+        assert result.exit_code == 3, result.output
+        assert "incomplete: 1 point is left out (it ended 3 workers)" in result.stderr
+        assert "--retry-failed" in result.stderr
+        assert "left out" in result.stdout
+        points = pd.read_csv("out/points.csv").set_index("point")
+        assert (
+            points.loc[lost.key, list(points.columns[points.columns.str.startswith("threads of")])]
+            .eq(1)
+            .all()
+        )
+        assert points["top1"].isna().tolist() == [key == lost.key for key in points.index]
+    assert invoke("plot", "out").exit_code == 0
+    assert invoke("sweep", "--join", "out").exit_code == 3
+    again = invoke(*line, "--retry-failed", "--no-plots")
+    assert again.exit_code == 0, again.output
+    points = pd.read_csv("out/points.csv")
+    assert lost.key in set(points["point"])
+    assert points["top1"].notna().all()
+    assert points["images"].dtype == "int64"
+
+
+def _number(table, point):
+    return int(table.set_index("point").loc[point.key, "trial"])

@@ -26,7 +26,7 @@ def invoke(*args):
 
 def workload(path):
     """The options that choose the tiny workload."""
-    return ["--weights", "random", "--data", f"npz:{path}", "--batch-size", 8]
+    return ["--model", "digits", "--weights", "random", "--data", f"npz:{path}", "--batch-size", 8]
 
 
 def assert_one_error_line(result, *parts):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,13 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from sysmt.errors import CalibrationError
+from sysmt.nn.array.lowering import LayerGeometry
 from sysmt.nn.passes import evaluation_mode
-from sysmt.quant.uniform import ActivationRange, activation_range
-
-if TYPE_CHECKING:
-    from sysmt.nn.array.hooked_layer import HookedLayer
+from sysmt.quant.uniform import ActivationRange, activation_range, inverse_scale
 
 __all__ = ["RangeObserver", "WideObserver", "run_observed"]
+
+
+class _Observer(Protocol):
+    def end_forward(self) -> None: ...
 
 
 class RangeObserver:
@@ -39,7 +41,7 @@ class RangeObserver:
         self._saw_negative = False
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def observe(self, images: torch.Tensor) -> None:
+    def observe(self, images: torch.Tensor, geometry: LayerGeometry) -> None:
         """Take note of one call of the layer with (B, C, H, W) activations."""
         if not images.numel():
             return
@@ -84,18 +86,17 @@ class RangeObserver:
 class WideObserver:
     """Counts, for each K position of one layer, how often the quantised activation is wide."""
 
-    def __init__(self, layer: HookedLayer, range_: ActivationRange | None) -> None:
-        self.layer = layer
+    def __init__(self, range_: ActivationRange | None, geometry: LayerGeometry) -> None:
         self.range = range_
-        self.counts = np.zeros((layer.geometry.groups, layer.geometry.gemm_k), np.int64)
+        self.counts = np.zeros((geometry.groups, geometry.gemm_k), np.int64)
 
-    def observe(self, images: torch.Tensor) -> None:
+    def observe(self, images: torch.Tensor, geometry: LayerGeometry) -> None:
         """Take note of one call of the layer with (B, C, H, W) activations."""
         range_ = self.range
         if range_ is None or not images.numel():
             return
-        g = self.layer.geometry
-        codes = torch.round(g.pad_float(images) * float(np.float32(1.0 / range_.scale)))
+        g = geometry
+        codes = torch.round(g.pad_float(images) * float(inverse_scale(range_.scale)))
         wide = (codes < -8) | (codes > 7) if range_.signed else codes > 15
         (top, bottom), (left, right) = g.padding
         wide = F.pad(wide, (left, right, top, bottom))
@@ -117,21 +118,19 @@ class WideObserver:
 
 
 def run_observed(
-    model: nn.Module,
-    layers: Iterable[HookedLayer],
-    observers: dict[str, Any],
-    batches: Iterable[torch.Tensor],
+    model: nn.Module, observers: Mapping[str, _Observer], batches: Iterable[torch.Tensor]
 ) -> None:
-    """Run the float network over `batches` with an observer at each named layer."""
-    watched = [layer for layer in layers if layer.name in observers]
-    try:
-        for layer in watched:
-            layer.observer = observers[layer.name]
-        with evaluation_mode(model):
-            for batch in batches:
-                model(batch)
-                for observer in observers.values():
-                    observer.end_forward()
-    finally:
-        for layer in watched:
-            layer.observer = None
+    """Run the float network over `batches`, and tell its layers' observers where each forward ends.
+
+    Parameters
+    ----------
+    model : nn.Module
+    observers : mapping of str to observer
+        By layer; more may come in while the network runs.
+    batches : iterable of Tensor
+    """
+    with evaluation_mode(model):
+        for batch in batches:
+            model(batch)
+            for observer in observers.values():
+                observer.end_forward()

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from sysmt.archives import read_npz
 from sysmt.errors import CalibrationError, ConfigError, WeightsError
 from sysmt.files import written_whole
-from sysmt.nn.array.simulation import FIRST_CONVOLUTION, Simulation
+from sysmt.nn.array.selection import FIRST_CONVOLUTION
+from sysmt.nn.array.simulation import Simulation
 from sysmt.nn.batchnorm.recalibration import load_statistics, save_statistics
 from sysmt.nn.networks.checkpoints import weights_hash
 from sysmt.quant.uniform import ActivationRange
@@ -109,7 +111,7 @@ def load_calibration(sim: Simulation, path: str | Path) -> dict[str, Any]:
         raise CalibrationError(f"{path} is damaged: its ranges cannot be read ({error})") from error
     first = sim.layers.get(header["first_convolution"] or "")
     if first is not None:
-        sim.note_execution(first)
+        sim.layer_called(first)
     simulated = list(sim.simulated())
     lacking = [layer.name for layer in simulated if layer.name not in ranges]
     if lacking:
@@ -150,13 +152,27 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{path} is {'a directory' if path.is_dir() else 'missing'}; a calibration file (.npz) is needed"
         )
     try:
-        with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
+        arrays = read_npz(path)
         header = json.loads(str(arrays.pop("header")))
         if header["format"] != FORMAT:
             raise CalibrationError(f"{path} has format {header['format']!r}; {FORMAT!r} is understood")
         for key in ("weights_sha256", "first_convolution", "ranges", "notes"):
             header[key]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        _check_kinds(header, arrays)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise CalibrationError(f"{path} is damaged or no calibration file ({error})") from error
     return header, arrays
+
+
+def _check_kinds(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise `TypeError` for parts of other types than `save_calibration` writes."""
+    for key in ("ranges", "notes"):
+        if not isinstance(header[key], dict):
+            raise TypeError(f"its {key} are {header[key]!r}, not names with values")
+    if not isinstance(header["first_convolution"], str | None):
+        raise TypeError(f"its first convolution is {header['first_convolution']!r}, not a name")
+    for name, value in arrays.items():
+        if name.startswith(_WIDE) and (value.dtype.kind not in "iu" or (value < 0).any()):
+            raise TypeError(f"{name} has {value.dtype} values; counts of at least 0 are needed")
+        if name.startswith(_STATISTICS) and value.dtype.kind != "f":
+            raise TypeError(f"{name} has {value.dtype} values; floating-point ones are needed")

@@ -7,8 +7,9 @@ forward here repeats one of `FORWARDS`, convolution for convolution; `attach` pu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +17,36 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from sysmt.nn.array.epilogue import Epilogue, fixed_affine
-from sysmt.nn.array.hooked_layer import HookedLayer
-
-if TYPE_CHECKING:
-    from sysmt.nn.array.simulation import Simulation
+from sysmt.nn.array.hooks import RUNNING, DirectHook
+from sysmt.nn.array.settings import ArraySettings
+from sysmt.nn.array.stand_in import StandIn, patched_forward
 
 __all__ = ["FORWARDS", "FusedBlock", "known_forward"]
 
 Forward = Callable[[Any, Tensor], Tensor]
 
 
-class FusedBlock:
-    """Stands in for the `forward` of one block while the simulator is attached."""
+class FusedBlock(StandIn):
+    """Stands in for the `forward` of one block.
 
-    def __init__(self, simulation: Simulation, module: nn.Module, forward: Forward) -> None:
-        self.simulation = simulation
-        self.module = module
+    Attributes
+    ----------
+    settings : ArraySettings
+        Of the simulation, which replaces them.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward, settings: ArraySettings) -> None:
+        super().__init__(module)
+        self.settings = settings
         self._forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, convolutions with what follows them where nobody can tell the difference."""
         simple = len(args) == 1 and not kwargs and type(args[0]) is Tensor
-        if simple and self.simulation.fuse and not self.simulation.errors and _is_unobserved():
+        wanted = self.in_place and self.settings.fuse and not self.settings.errors
+        if simple and wanted and _is_unobserved():
             return self._forward(self.module, args[0])
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return self.original_forward(*args, **kwargs)
 
 
 def _is_unobserved() -> bool:
@@ -47,8 +54,8 @@ def _is_unobserved() -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack() > RUNNING.function_modes
+        or torch._C._len_torch_dispatch_stack() > RUNNING.dispatch_modes
         or torch._C._get_tracing_state() is not None
         or torch.compiler.is_compiling()
         or torch_module._has_any_global_hook()
@@ -62,7 +69,7 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or (kind is not nn.Conv2d and "forward" in module.__dict__)
+        or (kind is not nn.Conv2d and patched_forward(module) is not None)
     )
 
 
@@ -73,27 +80,28 @@ def _follow(
     relu: nn.Module | Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Run a convolution and what follows it: in one go where the convolution is simulated."""
-    layer = conv.__dict__.get("forward")
-    is_plain = (
-        _is_plain(conv, nn.Conv2d)
-        and (norm is None or _is_plain(norm, nn.BatchNorm2d))
-        and (not isinstance(relu, nn.Module) or _is_plain(relu, nn.ReLU))
-    )
-    if is_plain and isinstance(layer, HookedLayer) and type(x) is Tensor and layer.takes_epilogue(x):
+    hook = conv.__dict__.get("forward")
+    fused_relu = relu is None or relu in _RELUS or (isinstance(relu, nn.Module) and _is_plain(relu, nn.ReLU))
+    is_plain = _is_plain(conv, nn.Conv2d) and (norm is None or _is_plain(norm, nn.BatchNorm2d)) and fused_relu
+    if is_plain and isinstance(hook, DirectHook) and type(x) is Tensor and hook.layer.takes_epilogue(x):
         affine = fixed_affine(norm) if isinstance(norm, nn.BatchNorm2d) else None
-        fits = norm is None or (affine is not None and affine[0].size == layer.geometry.out_channels)
+        fits = norm is None or (affine is not None and affine[0].size == hook.layer.geometry.out_channels)
         if fits:
-            return layer(x, Epilogue(affine, relu=relu is not None))
+            return hook.run_fused(x, Epilogue(affine, relu=relu is not None))
     x = conv(x)
     x = x if norm is None else norm(x)
     return x if relu is None else relu(x)
 
 
-# -- the forwards ------------------------------------------------------------------------------
-
-
 def _relu_in_place(x: Tensor) -> Tensor:
     return F.relu(x, inplace=True)
+
+
+_RELUS = (F.relu, torch.relu, torch.relu_, _relu_in_place)
+"""Functions that are known to be ReLU; a block may have any other in the same place."""
+
+
+# -- the forwards ------------------------------------------------------------------------------
 
 
 def _sequential(block: nn.Sequential, x: Tensor) -> Tensor:
@@ -154,8 +162,13 @@ FORWARDS: dict[str, tuple[Forward, tuple[str, ...]]] = {
 
 def known_forward(module: nn.Module) -> Forward | None:
     """Return what `FORWARDS` has for a module, if its forward is of its class."""
+    if isinstance(module, torch.jit.ScriptModule) or patched_forward(module) is not None:
+        return None
     forward = type(module).forward
-    if "forward" in module.__dict__ or not hasattr(forward, "__code__"):
+    if not inspect.isfunction(forward):
         return None
     found = FORWARDS.get(f"{forward.__module__}.{forward.__qualname__}")
-    return found[0] if found is not None and forward.__code__.co_names == found[1] else None
+    if found is None or forward.__code__.co_names != found[1]:
+        return None
+    functional = forward.__globals__.get("F", F) if "F" in found[1] else F
+    return found[0] if functional is F else None

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-from sysmt.config import ArrayConfig
 from sysmt.cost.energy import EnergyTable, load_table
 from sysmt.cost.events import EventCounts, count_events
 from sysmt.cost.layer_shape import Layer
 from sysmt.cost.memory import Memory
+from sysmt.nn.array.layer import ArrayLayer
 from sysmt.nn.array.lowering import LayerGeometry
-
-if TYPE_CHECKING:
-    from sysmt.nn.array.hooked_layer import HookedLayer
-    from sysmt.nn.array.simulation import Simulation
 
 __all__ = ["energy_facts", "layer_energy", "layer_events", "layer_of"]
 
@@ -47,17 +43,17 @@ def layer_of(name: str, geometry: LayerGeometry, out_size: tuple[int, int]) -> L
     )
 
 
-def layer_events(layer: HookedLayer, memory: Memory) -> EventCounts:
-    """Return the events of a simulated layer since the last reset."""
-    gemms = {
-        layer_of("", layer.geometry, out_size): images * layer.geometry.groups
-        for out_size, images in layer.images_of_size.items()
-        if 0 not in out_size and images
-    }
-    return count_events(layer.stats, gemms, _config(layer), memory)
+def layer_events(layer: ArrayLayer, memory: Memory) -> EventCounts:
+    """Count the events of everything that a layer computed on the array since the last reset."""
+    gemms: dict[Layer, int] = {}
+    for (geometry, out_size), images in layer.counts.sizes.items():
+        if 0 not in out_size and images:
+            shape = layer_of("", geometry, out_size)
+            gemms[shape] = gemms.get(shape, 0) + images * geometry.groups
+    return count_events(layer.counts.stats, gemms, layer.settings.array(layer.threads), memory)
 
 
-def layer_energy(layer: HookedLayer, table: EnergyTable, memory: Memory) -> dict[str, float]:
+def layer_energy(layer: ArrayLayer, table: EnergyTable, memory: Memory) -> dict[str, float]:
     """Return a layer's columns of the report: energy, and energy times cycles (stalls included).
 
     0 for layers in float, whose activity is not counted.
@@ -66,18 +62,24 @@ def layer_energy(layer: HookedLayer, table: EnergyTable, memory: Memory) -> dict
     if layer.reason is not None:
         return dict.fromkeys(names, 0.0)
     events = layer_events(layer, memory)
-    energy = sum(table.energy(events, _config(layer), memory).values())
+    energy = sum(table.energy(events, layer.settings.array(layer.threads), memory).values())
     return dict(zip(names, (energy, energy * events.cycles), strict=True))
 
 
 def energy_facts(
-    sim: Simulation, table: EnergyTable | None = None, memory: Memory | None = None
+    layers: Iterable[ArrayLayer],
+    images: int,
+    table: EnergyTable | None = None,
+    memory: Memory | None = None,
 ) -> dict[str, float]:
-    """Sum up the energy of the simulated layers, per image.
+    """Sum up the energy of simulated layers, per image.
 
     Parameters
     ----------
-    sim : Simulation
+    layers : iterable of ArrayLayer
+        Such as `Simulation.simulated` gives them.
+    images : int
+        How many went through the network.
     table : EnergyTable, optional
         By default the 45 nm table.
     memory : Memory, optional
@@ -91,17 +93,13 @@ def energy_facts(
     """
     table, memory = table or load_table(), memory or Memory()
     energy, cycles = 0.0, 0
-    for layer in sim.simulated():
+    for layer in layers:
         events = layer_events(layer, memory)
-        energy += sum(table.energy(events, _config(layer), memory).values())
+        energy += sum(table.energy(events, layer.settings.array(layer.threads), memory).values())
         cycles += events.cycles
-    images = sim.images or math.nan
-    values = (energy / images, energy / images * (cycles / images))
+    count = images or math.nan
+    values = (energy / count, energy / count * (cycles / count))
     return {f"{name}_per_image": value for name, value in zip(_columns(table), values, strict=True)}
-
-
-def _config(layer: HookedLayer) -> ArrayConfig:
-    return layer.simulation.config.replace(threads=layer.threads)
 
 
 def _columns(table: EnergyTable) -> tuple[str, str]:

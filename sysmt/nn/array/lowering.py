@@ -7,6 +7,7 @@ kernel_col), the order of the weight tensor. Each image and each group is a GEMM
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["LayerGeometry", "im2col"]
+__all__ = ["LayerGeometry", "Pair", "im2col"]
 
 Pair = tuple[int, int]
+
+_NONE: tuple[Pair, Pair] = ((0, 0), (0, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,8 @@ class LayerGeometry:
     stride: Pair = (1, 1)
     dilation: Pair = (1, 1)
     groups: int = 1
-    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
-    pre_padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    padding: tuple[Pair, Pair] = _NONE
+    pre_padding: tuple[Pair, Pair] = _NONE
     pre_padding_mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
 
     @classmethod
@@ -52,30 +55,51 @@ class LayerGeometry:
         """Read the geometry off a torch module, "same" and "valid" padding resolved to numbers."""
         if isinstance(module, nn.Linear):
             return cls(module.in_features, module.out_features)
-        kernel, stride, dilation = (_pair(p) for p in (module.kernel_size, module.stride, module.dilation))
-        if module.padding == "valid":
-            padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
-        elif module.padding == "same":  # as torch: the odd pixel goes below and right
-            totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            padding = (
-                (totals[0] // 2, totals[0] - totals[0] // 2),
-                (totals[1] // 2, totals[1] - totals[1] // 2),
-            )
+        shape = (module.out_channels, module.in_channels // module.groups, *_pair(module.kernel_size))
+        geometry = cls.of_call(shape, module.stride, module.padding, module.dilation, module.groups)
+        if module.padding_mode == "zeros":
+            return geometry
+        return dataclasses.replace(
+            geometry,
+            padding=_NONE,
+            pre_padding=geometry.padding,
+            pre_padding_mode=module.padding_mode,
+        )
+
+    @classmethod
+    def of_call(
+        cls,
+        weight_shape: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> LayerGeometry:
+        """Return the geometry of a call of `torch.nn.functional.conv2d`, or of `linear`.
+
+        Parameters
+        ----------
+        weight_shape : sequence of int
+            (N, C / groups, kernel rows, kernel columns), or (N, K) of a Linear.
+        stride, padding, dilation, groups
+            As torch takes them: a number, one in a sequence, or one for rows and one for columns; padding
+            also ``"same"`` or ``"valid"``.
+        """
+        if len(weight_shape) == 2:
+            return cls(weight_shape[1], weight_shape[0])
+        out_channels, per_group, *kernel = weight_shape
+        rows, cols = _pair(kernel)
+        dilations = _pair(dilation)
+        if padding == "valid":
+            zeros = _NONE
+        elif padding == "same":  # as torch: the odd pixel goes below and right
+            totals = [d * (k - 1) for d, k in zip(dilations, (rows, cols), strict=True)]
+            zeros = (totals[0] // 2, -(-totals[0] // 2)), (totals[1] // 2, -(-totals[1] // 2))
         else:
-            rows, cols = _pair(module.padding)  # type: ignore[arg-type]
-            padding = ((rows, rows), (cols, cols))
-        none: tuple[Pair, Pair] = ((0, 0), (0, 0))
-        zeros = module.padding_mode == "zeros"
+            above, left = _pair(padding)  # type: ignore[arg-type]
+            zeros = (above, above), (left, left)
         return cls(
-            module.in_channels,
-            module.out_channels,
-            kernel,
-            stride,
-            dilation,
-            module.groups,
-            padding=padding if zeros else none,
-            pre_padding=none if zeros else padding,
-            pre_padding_mode="constant" if zeros else module.padding_mode,  # type: ignore[arg-type]
+            per_group * groups, out_channels, (rows, cols), _pair(stride), dilations, groups, padding=zeros
         )
 
     @property
@@ -96,7 +120,7 @@ class LayerGeometry:
     @property
     def pre_padded(self) -> LayerGeometry:
         """The geometry that is left once `pad_float` has been applied to the input."""
-        return dataclasses.replace(self, pre_padding=((0, 0), (0, 0)), pre_padding_mode="constant")
+        return dataclasses.replace(self, pre_padding=_NONE, pre_padding_mode="constant")
 
     def output_size(self, height: int, width: int) -> Pair:
         """Output rows and columns for an input of `height` x `width`; not positive if it is too small."""
@@ -115,11 +139,11 @@ class LayerGeometry:
         return F.pad(x, (left, right, top, bottom), mode=self.pre_padding_mode)
 
 
-def _pair(value: int | tuple[int, ...]) -> Pair:
-    if isinstance(value, int):
-        return value, value
-    rows, cols = value
-    return rows, cols
+def _pair(value: int | Sequence[int]) -> Pair:
+    """Take a number twice, as torch does, also where it stands alone in a sequence."""
+    values = [value, value] if isinstance(value, int) else [*value]
+    rows, cols = values * 2 if len(values) == 1 else values
+    return int(rows), int(cols)
 
 
 def im2col(x: np.ndarray, geometry: LayerGeometry) -> np.ndarray:

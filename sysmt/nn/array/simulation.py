@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from fractions import Fraction
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
 
-from sysmt.config import ArrayConfig, parse_count, parse_layer_names, parse_threads
-from sysmt.cost.energy import EnergyTable, load_table
+from sysmt.config import ArrayConfig, parse_count, parse_number, parse_threads
+from sysmt.cost.energy import EnergyTable
 from sysmt.cost.memory import Memory
 from sysmt.errors import CalibrationError, ConfigError, UnsupportedLayerError, nearest
 from sysmt.hw.kernels import keep_heap
-from sysmt.hw.operands import MAX_K
+from sysmt.nn.array.attention import FAST_PATH
 from sysmt.nn.array.calibration import RangeObserver, WideObserver, run_observed
 from sysmt.nn.array.fused_blocks import FusedBlock, known_forward
-from sysmt.nn.array.hooked_layer import CapturedGemm, HookedLayer
-from sysmt.nn.array.layer_energy import layer_energy
+from sysmt.nn.array.hooks import (
+    CatchingHook,
+    DirectHook,
+    RootWatch,
+    has_standard_forward,
+    own_modes,
+    running,
+)
+from sysmt.nn.array.layer import ArrayLayer, CapturedGemm
 from sysmt.nn.array.lowering import LayerGeometry
+from sysmt.nn.array.other_work import FunctionalCalls, Product, UncountedProducts
+from sysmt.nn.array.report import cycle_speedup, layer_report, mac_speedup
+from sysmt.nn.array.selection import (
+    FIRST_CONVOLUTION,
+    Choice,
+    Exclusion,
+    excluded_layers,
+    is_layer,
+    string_entries,
+    unsupported,
+)
+from sysmt.nn.array.settings import ArraySettings
+from sysmt.nn.array.stand_in import StandIn
 from sysmt.nn.passes import image_batches
-from sysmt.quant.uniform import ActivationRange
+from sysmt.quant.uniform import SCALES, ActivationRange, is_scale
 
 __all__ = ["Simulation", "attach"]
 
-FIRST_CONVOLUTION = "first convolution (first=False)"
-LINEAR = "fully connected layer (linear=False)"
-DEPTHWISE = "depthwise convolution (depthwise=False)"
-EXCLUDED = "excluded by name"
-NOT_REACHED = "not reached by any forward so far"
+_Made = TypeVar("_Made", RangeObserver, WideObserver)
 
 
 def attach(
@@ -47,9 +60,11 @@ def attach(
     linear: bool = False,
     depthwise: bool = False,
     errors: bool = False,
-    exclude: Iterable[str] = (),
+    exclude: Exclusion | Iterable[Exclusion] = (),
     per_channel: bool = True,
     fuse: bool = True,
+    functional: bool = False,
+    strict: bool = False,
 ) -> Simulation:
     """Put a network's convolutions on the simulated array.
 
@@ -67,8 +82,10 @@ def attach(
         Simulate the first executed Conv2d, Linear layers, depthwise convolutions as well.
     errors : bool
         Also run every layer at T = 1 on the same input, for the report's `mse` and `sqnr_db`.
-    exclude : iterable of str
-        Names of layers that stay in float, also such as could not be simulated.
+    exclude : str, type, callable, or iterable of these
+        Layers that stay in float, also such as could not be simulated: by name, by the name of a block
+        that they lie in, by a pattern (``"blocks.*.fc1"``), by the type of the module or block, or by a
+        function of name and module.
     per_channel : bool
         Weight scales per output channel (as in the papers) or per layer.
     fuse : bool
@@ -76,6 +93,13 @@ def attach(
         it stores its output, where no gradients are recorded: in ``nn.Sequential`` and in the blocks of
         `sysmt.nn.array.fused_blocks.FORWARDS`, unless a module concerned has hooks. No bit changes;
         torch's profiler does not see them.
+    functional : bool
+        Simulate calls of `torch.nn.functional.conv2d` and `linear` outside any convolution or Linear, too.
+        They are found in the first forward, and counted in float otherwise. The projections of
+        `nn.MultiheadAttention` follow `linear`.
+    strict : bool
+        Raise if there are layers that the array cannot take, and name them all, instead of leaving them in
+        float.
 
     Returns
     -------
@@ -85,10 +109,21 @@ def attach(
     Raises
     ------
     ConfigError
-        If the model has nothing to simulate, is attached already, or a name in `exclude` is unknown.
+        If the model has nothing to simulate, is attached already, or an entry of `exclude` leaves out
+        nothing.
     UnsupportedLayerError
-        If a layer (named) is a convolution that the array does not do: transposed, 1-D, 3-D, lazy, or a
-        subclass with a `forward` of its own.
+        If K of a layer (named) is too large; with ``strict=True`` also if there are convolutions that the
+        array does not do: transposed, 1-D, 3-D, or lazy ones without a shape.
+
+    Notes
+    -----
+    A layer with a forward of its own is run as it says; the calls of `torch.nn.functional.conv2d` and
+    `linear` in it go to the array, with the operands that they have: padded, standardised or masked.
+
+    Whatever else multiplies, such as the products of attention, transposed convolutions and recurrent
+    layers, stays in float and is counted, each with a row and a reason in the report.
+
+    Copies of the attached network, by `copy.deepcopy`, `torch.save` or `pickle`, are plain float networks.
 
     Examples
     --------
@@ -112,25 +147,22 @@ def attach(
         exclude=exclude,
         per_channel=per_channel,
         fuse=fuse,
+        functional=functional,
+        strict=strict,
     )
 
 
 class Simulation:
     """A network on the array, from `attach` to `detach`.
 
+    What is one number of the whole network is a property (`images`, `cycles`, `speedup`); what has an entry
+    for each layer, or changes something, is a method.
+
     Attributes
     ----------
     model : nn.Module
         The attached network.
-    config : ArrayConfig
-        The array; each layer has its own thread count beside it.
-    errors : bool
-        Whether layers are compared with T = 1.
-    fuse : bool
-        Whether BatchNorm and ReLU are done with the convolution before them.
-    reorder : bool
-        Whether the orders gathered by ``calibrate(reorder=True)`` are in force.
-    layers : dict of str to HookedLayer
+    layers : dict of str to ArrayLayer
         Every Conv2d and Linear by name, those in float included.
     """
 
@@ -143,97 +175,107 @@ class Simulation:
         linear: bool,
         depthwise: bool,
         errors: bool,
-        exclude: Iterable[str],
+        exclude: Exclusion | Iterable[Exclusion],
         per_channel: bool,
         fuse: bool,
+        functional: bool,
+        strict: bool,
     ) -> None:
         self.model = model
-        self.config = config
-        self.errors = errors
-        self.per_channel = per_channel
-        self.fuse = fuse
-        self._include_first = first
+        self._settings = ArraySettings(config, per_channel, errors, fuse)
+        excluded = excluded_layers(model, exclude)
+        self._choice = Choice(first, linear, depthwise, functional, excluded, string_entries(exclude))
         self._first_name: str | None = None
-        self._reorder = False
         self._threads_by_name: dict[str, int] = {}
-        excluded = parse_layer_names(exclude, "exclude")
-        self.layers: dict[str, HookedLayer] = {}
-        for name, module in model.named_modules():
-            excluded_here = name in excluded
-            excluded.discard(name)
-            if isinstance(module, _ConvNd | nn.Linear):
-                self._add_layer(name, module, linear, depthwise, excluded_here)
-        if excluded:
-            name = min(excluded)
-            raise ConfigError(
-                f"exclude names {name!r}, which the model does not have{nearest(name, self.layers)}"
-            )
-        self._check_something_to_simulate()
-        self._attached = True
         self._images = 0
         self._forward_begins = False
-        self._hook = model.register_forward_pre_hook(self._begin_forward)
-        # torch's fast path of attention layers reads weights past the modules that hold them.
-        self._fast_path = torch.backends.mha.get_fastpath_enabled()
-        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
-            torch.backends.mha.set_fastpath_enabled(False)
+        self._forward_images = 0
+        self._attached = False
+        self._observe: Callable[[ArrayLayer], None] | None = None
+        self.layers: dict[str, ArrayLayer] = {}
+        self._blocks: list[FusedBlock] = []
+        self._stand_ins: list[StandIn] = []
+        _check_free(model)
+        named = [*model.named_modules()]
+        if strict:
+            _check_supported(named, excluded)
+        hooks = [
+            self._hook(name, module)
+            for name, module in named
+            if is_layer(module) and unsupported(name, module) is None
+        ]
+        self._check_something_to_simulate()
+        self._has_attention = any(
+            isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention) for _, module in named
+        )
         keep_heap()
-        for layer in self.layers.values():
-            layer.module.forward = layer  # type: ignore[method-assign]
-        self._blocks = []
-        for module in model.modules():
-            if (forward := known_forward(module)) is not None:
-                self._blocks.append(FusedBlock(self, module, forward))
-                module.forward = self._blocks[-1]
+        try:
+            for hook in hooks:
+                self._install(hook)
+            for _, module in named:
+                if (forward := known_forward(module)) is not None:
+                    self._blocks.append(FusedBlock(module, forward, self._settings))
+                    self._install(self._blocks[-1])
+            self._install(RootWatch(model, self._forward))
+        except BaseException:
+            self._remove_stand_ins()
+            raise
+        if self._has_attention:
+            FAST_PATH.switch_off()
+        self._functional = FunctionalCalls(model, self.layers, self._make_functional_layer)
+        self._products = UncountedProducts(model, self._note_products)
+        self._surveyed = False
+        self._known = {id(module) for module in model.modules() if is_layer(module)}
+        self._attached = True
 
-    def _begin_forward(self, *_: Any) -> None:
-        self._forward_begins = True
+    def _hook(self, name: str, module: nn.Module) -> StandIn:
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        layer = self._make_layer(name, module, LayerGeometry.of(module), isinstance(module, nn.Linear))
+        if has_standard_forward(module):
+            return DirectHook(module, layer)
+        return CatchingHook(module, name, self.layers, self._make_layer)
 
-    def _add_layer(self, name: str, module: nn.Module, linear: bool, depthwise: bool, excluded: bool) -> None:
-        if isinstance(module.__dict__.get("forward"), HookedLayer):
-            raise ConfigError(f"layer {name!r} is attached to a simulation already; detach that one first")
-        if not isinstance(module, nn.Conv2d | nn.Linear):
-            if excluded:
-                return
-            raise UnsupportedLayerError(
-                f"layer {name!r} is a {type(module).__name__}; the array runs Conv2d and Linear. "
-                "Name it in `exclude` to leave it in float"
-            )
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            raise UnsupportedLayerError(
-                f"layer {name!r} is lazy and has no shape yet; run one float forward first"
-            )
-        reason = None
-        if excluded:
-            reason = EXCLUDED
-        elif isinstance(module, nn.Linear):
-            reason = None if linear else LINEAR
-        elif LayerGeometry.of(module).depthwise and not depthwise:
-            reason = DEPTHWISE
-        k = LayerGeometry.of(module).gemm_k
-        if reason is None and k > MAX_K:
-            raise UnsupportedLayerError(
-                f"layer {name!r} has K={k}, which could overflow a 32-bit accumulator; at most {MAX_K} is "
-                "possible. Name it in `exclude` to leave it in float"
-            )
-        if reason is None and not _has_standard_forward(module):
-            raise UnsupportedLayerError(
-                f"layer {name!r} ({type(module).__name__}) has a forward of its own, which the array would "
-                "not honour. Name it in `exclude` to leave it in float"
-            )
-        self.layers[name] = HookedLayer(self, name, module, reason)
+    def _make_layer(
+        self, name: str, module: nn.Module, geometry: LayerGeometry, is_linear: bool
+    ) -> ArrayLayer:
+        return self._add_layer(
+            name, module, geometry, is_linear, self._choice.reason(name, geometry, is_linear)
+        )
+
+    def _make_functional_layer(
+        self, name: str, module: nn.Module, geometry: LayerGeometry, is_linear: bool
+    ) -> ArrayLayer:
+        reason = self._choice.functional_reason(name, module, geometry, is_linear)
+        return self._add_layer(name, module, geometry, is_linear, reason)
+
+    def _add_layer(
+        self, name: str, module: nn.Module, geometry: LayerGeometry, is_linear: bool, reason: str | None
+    ) -> ArrayLayer:
+        layer = ArrayLayer(name, module, geometry, is_linear, reason, self._settings, self)
+        self.layers[name] = layer
+        if self._observe is not None:
+            self._observe(layer)
+        return layer
 
     def _check_something_to_simulate(self) -> None:
         candidates = [layer for layer in self.layers.values() if layer.reason is None]
-        convolutions = [layer for layer in self.layers.values() if isinstance(layer.module, nn.Conv2d)]
-        if not self._include_first and len(convolutions) == 1:
+        convolutions = [layer for layer in self.layers.values() if not layer.is_linear]
+        if not self._choice.first and len(convolutions) == 1:
             candidates = [layer for layer in candidates if layer is not convolutions[0]]
-        if not candidates:
+        if not candidates and not self._choice.functional:
             left = ", ".join(
                 f"{layer.name or 'the model itself'}: {layer.reason or FIRST_CONVOLUTION}"
                 for layer in self.layers.values()
             )
             raise ConfigError(f"the model has no layer to simulate ({left or 'no Conv2d or Linear at all'})")
+
+    def _install(self, stand_in: StandIn) -> None:
+        stand_in.install()
+        self._stand_ins.append(stand_in)
+
+    def _remove_stand_ins(self) -> None:
+        while self._stand_ins:
+            self._stand_ins.pop().remove()  # the last first: it may stand before another
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -245,35 +287,72 @@ class Simulation:
     ) -> None:
         self.detach()
 
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "a Simulation cannot be copied or pickled; copy its model, which gives a float network, and "
+            "attach that"
+        )
+
     def detach(self) -> None:
         """Take the network off the array, leaving it as it was before `attach`.
 
-        Statistics that were recalibrated meanwhile stay. Detaching twice does nothing.
+        Statistics that were recalibrated meanwhile stay. Reports can still be read. Detaching twice does
+        nothing.
         """
-        if self._attached:
-            self._attached = False
-            self._hook.remove()
-            torch.backends.mha.set_fastpath_enabled(self._fast_path)
-        for block in self._blocks:
-            if block.module.__dict__.get("forward") is block:
-                del block.module.forward
-        for layer in self.layers.values():
-            if layer.module.__dict__.get("forward") is layer:
-                del layer.module.forward
-                if layer.module.forward != layer.original_forward:
-                    layer.module.forward = layer.original_forward
+        if not self._attached:
+            return
+        self._attached = False
+        self._remove_stand_ins()
+        if self._has_attention:
+            FAST_PATH.release()
 
-    @property
-    def knows_first(self) -> bool:
-        """Whether it is settled which convolution is the first."""
-        return self._include_first or self._first_name is not None
+    def _check_attached(self, what: str) -> None:
+        if not self._attached:
+            raise ConfigError(f"{what}: this simulation is detached; attach the model again")
 
-    def note_execution(self, layer: HookedLayer, images: int = 0) -> None:
-        """Count the images of a forward, and leave the first convolution in float unless ``first=True``."""
-        if self._forward_begins:
-            self._forward_begins = False
-            self._images += images
-        if self._include_first or self._first_name is not None or not isinstance(layer.module, nn.Conv2d):
+    # -- what layers say -----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        """Run a forward: the first with eyes for everything, later ones for what the first has found."""
+        self._begin_forward()
+        calls = not self._surveyed or self._functional.found
+        products = not self._surveyed or self._products.found
+        if not calls and not products:
+            yield
+            return
+        self._functional.begin()
+        self._products.begin()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(running(self._functional))
+            stack.enter_context(own_modes(calls, products))
+            if calls:
+                stack.enter_context(self._functional)
+            if products:
+                stack.enter_context(self._products)
+            yield
+        self._surveyed = True
+
+    def _begin_forward(self) -> None:
+        self._forward_begins = True
+        self._forward_images = 0
+        if self._has_attention:
+            FAST_PATH.keep_off()
+        newcomers = [
+            module for module in self.model.modules() if is_layer(module) and id(module) not in self._known
+        ]
+        if newcomers:
+            self._known |= {id(module) for module in newcomers}
+            names = [name for name, module in self.model.named_modules() if module in newcomers]
+            warnings.warn(
+                f"{len(names)} layer(s) were added or replaced after attach, such as {names[0]!r}: they run "
+                "in float, uncounted; detach and attach again",
+                stacklevel=4,
+            )
+
+    def layer_called(self, layer: ArrayLayer) -> None:
+        """Settle that the first convolution that runs is the first, and stays in float unless asked for."""
+        if self.knows_first() or layer.is_linear:
             return
         if layer.reason is None:
             waiting = "capture" if layer.captures else ""
@@ -286,6 +365,24 @@ class Simulation:
                 )
             layer.reason = FIRST_CONVOLUTION
         self._first_name = layer.name
+
+    def layer_ran(self, images: int) -> None:
+        """Count the images of a forward, as its first layer saw them."""
+        if self._forward_begins:
+            self._forward_begins = False
+            self._forward_images = images
+            self._images += images
+
+    def _note_products(self, name: str, module: nn.Module, reason: str, products: Sequence[Product]) -> None:
+        """Count products that no layer has computed, in a row of their own."""
+        layer = self.layers.get(name)
+        if layer is None:
+            layer = self._add_layer(name, module, LayerGeometry(1, 1), True, reason)
+        layer.counts.add_products(products, self._forward_images, self._settings.array(1))
+
+    def knows_first(self) -> bool:
+        """Whether it is settled which convolution is the first."""
+        return self._choice.first or self._first_name is not None
 
     # -- calibration ---------------------------------------------------------------------------
 
@@ -320,9 +417,12 @@ class Simulation:
         ConfigError
             If `images` or `percentile` is out of range.
         """
+        self._check_attached("calibrate")
         images = parse_count(images, "images")
-        if percentile is not None and not (isinstance(percentile, int | float) and 0 < percentile <= 100):
-            raise ConfigError(f"percentile={percentile!r} is out of range; it must be in (0, 100]")
+        if percentile is not None:
+            percentile = parse_number(
+                percentile, "percentile", "a number in (0, 100]", lambda value: 0 < value <= 100
+            )
         if reorder and iter(loader) is loader:
             raise CalibrationError(
                 "reordering needs a second pass over the calibration data, but the loader is an iterator "
@@ -332,14 +432,16 @@ class Simulation:
             layer = self.layers[self._first_name]
             layer.reason = None if layer.reason == FIRST_CONVOLUTION else layer.reason
             self._first_name = None
-        observers = {layer.name: RangeObserver(layer.name, percentile) for layer in self.simulated()}
+        wide: dict[str, WideObserver] = {}
         try:
-            run_observed(self.model, self.layers.values(), observers, image_batches(loader, images))
+            with self._observed(lambda layer: RangeObserver(layer.name, percentile)) as observers:
+                run_observed(self.model, observers, image_batches(loader, images))
             ranges = {layer.name: observers[layer.name].result() for layer in self.simulated()}
-            wide = {}
             if reorder:
-                wide = {layer.name: WideObserver(layer, ranges[layer.name]) for layer in self.simulated()}
-                run_observed(self.model, self.layers.values(), wide, image_batches(loader, images))
+                with self._observed(
+                    lambda layer: WideObserver(ranges.get(layer.name), layer.geometry)
+                ) as wide:
+                    run_observed(self.model, wide, image_batches(loader, images))
         finally:
             self.reset()
         for name, range_ in ranges.items():
@@ -354,6 +456,25 @@ class Simulation:
                 "in float and uncounted",
                 stacklevel=2,
             )
+
+    @contextlib.contextmanager
+    def _observed(self, make: Callable[[ArrayLayer], _Made]) -> Iterator[dict[str, _Made]]:
+        """Let each simulated layer be observed, those that a forward brings along included."""
+        observers: dict[str, _Made] = {}
+
+        def observe(layer: ArrayLayer) -> None:
+            if layer.reason is None:
+                layer.observer = observers[layer.name] = make(layer)
+
+        self._observe = observe
+        try:
+            for layer in self.layers.values():
+                observe(layer)
+            yield observers
+        finally:
+            self._observe = None
+            for layer in self.layers.values():
+                layer.observer = None
 
     def ranges(self) -> dict[str, ActivationRange]:
         """Return the activation range of every simulated layer that has one."""
@@ -372,6 +493,7 @@ class Simulation:
         ConfigError
             If a name is unknown or its layer stays in float, or a scale is not positive and finite.
         """
+        self._check_attached("set_ranges")
         if not isinstance(ranges, Mapping):
             raise ConfigError(f"set_ranges got {type(ranges).__name__}; a mapping of layer names is needed")
         parsed = {}
@@ -397,9 +519,10 @@ class Simulation:
         Raises
         ------
         ConfigError
-            If a name is unknown or its layer stays in float, or scales are not positive, not finite or
-            not as many as output channels.
+            If a name is unknown or its layer stays in float, or scales are not positive, finite, normal
+            float32 numbers or not as many as output channels.
         """
+        self._check_attached("set_weight_scales")
         if not isinstance(scales, Mapping):
             raise ConfigError(
                 f"set_weight_scales got {type(scales).__name__}; a mapping of layer names is needed"
@@ -409,14 +532,47 @@ class Simulation:
             layer = self._simulated_layer(name, "set_weight_scales")
             parsed[layer] = None if given is None else _weight_scales(given, layer)
         for layer, values in parsed.items():
-            layer.own_weight_scales = values
-            layer.forget_packed()
+            layer.weights.own_scales = values
+            layer.weights.forget()
         self.reset()
+
+    # -- settings ------------------------------------------------------------------------------
+
+    def _set(self, **changes: Any) -> None:
+        """Replace settings, and hand them down."""
+        self._settings = self._settings.replaced(changes)
+        for layer in self.layers.values():
+            layer.settings = self._settings
+        for block in self._blocks:
+            block.settings = self._settings
+
+    @property
+    def config(self) -> ArrayConfig:
+        """The array; each layer has its own thread count beside it."""
+        return self._settings.config
+
+    @property
+    def errors(self) -> bool:
+        """Whether layers are compared with T = 1; can be set."""
+        return self._settings.errors
+
+    @errors.setter
+    def errors(self, on: bool) -> None:
+        self._set(errors=on)
+
+    @property
+    def fuse(self) -> bool:
+        """Whether BatchNorm and ReLU are done with the convolution before them; can be set."""
+        return self._settings.fuse
+
+    @fuse.setter
+    def fuse(self, on: bool) -> None:
+        self._set(fuse=on)
 
     @property
     def reorder(self) -> bool:
-        """Whether the orders gathered in calibration are in force; set it to switch them on or off."""
-        return self._reorder
+        """Whether the orders gathered in calibration are in force; can be set."""
+        return self._settings.reorder
 
     @reorder.setter
     def reorder(self, on: bool) -> None:
@@ -427,11 +583,9 @@ class Simulation:
             raise CalibrationError(
                 f"layer {missing[0]!r} has no reordering statistics; calibrate(loader, reorder=True) first"
             )
-        self._reorder = on
+        self._set(reorder=on)
         for layer in self.layers.values():
-            layer.forget_packed()
-
-    # -- settings ------------------------------------------------------------------------------
+            layer.weights.forget()
 
     def set_threads(self, threads: int | Mapping[str, int]) -> None:
         """Set the thread count of all simulated layers, or of those named; resets the counters.
@@ -446,6 +600,7 @@ class Simulation:
         ConfigError
             If a count is not 1, 2 or 4, or a name is unknown or its layer stays in float.
         """
+        self._check_attached("set_threads")
         if isinstance(threads, Mapping):
             parsed = {
                 self._simulated_layer(name, "set_threads"): parse_threads(count, f"threads of layer {name!r}")
@@ -474,11 +629,12 @@ class Simulation:
         ConfigError
             If a field or value does not exist.
         """
+        self._check_attached("reconfigure")
         if "threads" in changes:
             raise ConfigError("reconfigure cannot change threads; use set_threads")
-        self.config = self.config.replace(**changes)
+        self._set(config=self.config.replace(**changes))
         for layer in self.layers.values():
-            layer.forget_packed()
+            layer.weights.forget()
         self.reset()
 
     def capture(self, name: str, image: int = 0, group: int = 0) -> CapturedGemm:
@@ -502,6 +658,7 @@ class Simulation:
         ConfigError
             If the name is unknown, its layer stays in float, or image or group is out of range.
         """
+        self._check_attached("capture")
         layer = self._simulated_layer(name, "capture")
         image, group = parse_count(image, "image", 0), parse_count(group, "group", 0)
         if group >= layer.geometry.groups:
@@ -510,11 +667,11 @@ class Simulation:
         layer.captures.append(captured)
         return captured
 
-    def simulated(self) -> Iterator[HookedLayer]:
+    def simulated(self) -> Iterator[ArrayLayer]:
         """Iterate over the layers that run on the array."""
         return (layer for layer in self.layers.values() if layer.reason is None)
 
-    def _simulated_layer(self, name: str, where: str) -> HookedLayer:
+    def _simulated_layer(self, name: str, where: str) -> ArrayLayer:
         layer = self.layers.get(name)
         if layer is None:
             raise ConfigError(
@@ -540,29 +697,27 @@ class Simulation:
     @property
     def cycles(self) -> int:
         """Array cycles of all Conv2d and Linear layers, those left in float counted at T = 1."""
-        return sum(layer.stats.cycles for layer in self.layers.values())
+        return sum(layer.counts.stats.cycles for layer in self.layers.values())
 
     @property
     def speedup(self) -> float:
         """MAC-weighted speedup of the simulated layers: sum of macs / sum of (macs / T); 1.0 without macs."""
-        return _mac_speedup((layer.stats.macs, layer.threads) for layer in self.simulated())
+        return mac_speedup(self.simulated())
 
     @property
     def network_speedup(self) -> float:
         """The same over all Conv2d and Linear layers, those left in float counted at T = 1."""
-        return _mac_speedup(
-            (layer.stats.macs, layer.threads if layer.reason is None else 1) for layer in self.layers.values()
-        )
+        return mac_speedup(self.layers.values())
 
     @property
     def speedup_cycles(self) -> float:
         """Cycles at T = 1 over cycles as configured, of the simulated layers; 1.0 without cycles."""
-        return _cycle_speedup(self.simulated())
+        return cycle_speedup(self.simulated())
 
     @property
     def network_speedup_cycles(self) -> float:
         """The same over all Conv2d and Linear layers, those left in float counted at T = 1."""
-        return _cycle_speedup(self.layers.values())
+        return cycle_speedup(self.layers.values())
 
     def report(self, energy: EnergyTable | None = None, memory: Memory | None = None) -> pd.DataFrame:
         """Return a row for each Conv2d and Linear, those left in float included.
@@ -584,75 +739,49 @@ class Simulation:
             whatever the table's unit is; 0 in float); with ``errors=True`` ``sqnr_db`` (dB) and ``mse``;
             ``reason`` a layer is in float or empty.
         """
-        energy, memory = energy or load_table(), memory or Memory()
-        rows = [self._report_row(layer, energy, memory) for layer in self.layers.values()]
-        return pd.DataFrame(rows)
-
-    def _report_row(self, layer: HookedLayer, energy: EnergyTable, memory: Memory) -> dict[str, Any]:
-        simulated = layer.reason is None
-        m, n, k = layer.gemm_shape or (0, layer.geometry.gemm_n, layer.geometry.gemm_k)
-        record = layer.stats.to_record()
-        row: dict[str, Any] = {
-            "name": layer.name,
-            "M": m,
-            "N": n,
-            "K": k,
-            "groups": layer.geometry.groups,
-            "images": layer.images,
-            "threads": layer.threads if simulated else 0,
-            "macs": record["macs"],
-            "cycles": record["cycles"],
-        }
-        row |= {f"active_{c}": record.get(f"active_{c}", 0) for c in range(5)}
-        row |= {
-            key: record[key]
-            for key in (
-                "collisions",
-                "collision_rate",
-                "utilization",
-                "reduced_activations",
-                "reduced_weights",
-                "speedup_cycles",
-            )
-        }
-        row |= layer_energy(layer, energy, memory)
-        if self.errors or any(one.compared for one in self.layers.values()):
-            row |= {"sqnr_db": layer.sqnr_db, "mse": layer.mse}
-        row["reason"] = layer.reason or ("" if layer.images else NOT_REACHED)
-        return row
+        return layer_report(self.layers.values(), self.errors, energy, memory)
 
 
-def _weight_scales(given: np.ndarray | float, layer: HookedLayer) -> np.ndarray:
+def _weight_scales(given: np.ndarray | float, layer: ArrayLayer) -> np.ndarray:
     channels = layer.geometry.out_channels
     try:
-        values = np.broadcast_to(np.asarray(given, np.float32), channels).copy()
+        with np.errstate(over="ignore"):  # what overflows is no scale, and refused below
+            values = np.asarray(given, np.float32)
+        np.broadcast_to(values, channels)  # raises where they are not one or as many
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"weight scales of layer {layer.name!r}: {channels} numbers or one are needed ({error})"
         ) from error
-    if not (np.isfinite(values) & (values > 0)).all():
-        raise ConfigError(f"weight scales of layer {layer.name!r} must be positive and finite")
+    if not is_scale(values).all():
+        bad = int(np.argmin(is_scale(values)))
+        raise ConfigError(
+            f"weight scales of layer {layer.name!r}: {values.flat[bad]:.3g} (number {bad}) is no scale: "
+            f"{SCALES} is needed"
+        )
     return values
 
 
-def _has_standard_forward(module: nn.Module) -> bool:
-    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    methods = ("forward", "_conv_forward") if kind is nn.Conv2d else ("forward",)
-    return "forward" not in module.__dict__ and all(
-        inspect.getattr_static(type(module), method) is inspect.getattr_static(kind, method)
-        for method in methods
-    )
+def _check_supported(named: Iterable[tuple[str, nn.Module]], excluded: frozenset[str]) -> None:
+    """Raise one error that names every layer which the array cannot take and nobody has excluded."""
+    found = [
+        reason
+        for name, module in named
+        if is_layer(module) and name not in excluded and (reason := unsupported(name, module)) is not None
+    ]
+    if found:
+        raise UnsupportedLayerError(f"{'; '.join(found)}. Name them in `exclude` to leave them in float")
 
 
-def _mac_speedup(layers: Iterable[tuple[int, int]]) -> float:
-    total, time = 0, Fraction(0)
-    for macs, threads in layers:
-        total += macs
-        time += Fraction(macs, threads)
-    return float(total / time) if time else 1.0
-
-
-def _cycle_speedup(layers: Iterable[HookedLayer]) -> float:
-    stats = [layer.stats for layer in layers]
-    cycles = sum(s.cycles for s in stats)
-    return sum(s.single_thread_cycles for s in stats) / cycles if cycles else 1.0
+def _check_free(model: nn.Module) -> None:
+    """Raise if a module has a stand-in already; warn of layers that nobody can give one."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            if module.original_name.startswith(("Conv", "Linear")):
+                warnings.warn(
+                    f"layer {name!r} is compiled by TorchScript: it runs in float, uncounted", stacklevel=5
+                )
+        elif isinstance(module.__dict__.get("forward"), StandIn):
+            raise ConfigError(
+                f"module {name!r} is attached to a simulation or a Q-format network already; detach that "
+                "first"
+            )

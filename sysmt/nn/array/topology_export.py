@@ -26,7 +26,7 @@ __all__ = ["ExportedTopology", "export_named", "export_topology", "input_size"]
 
 _SIDES = {
     "digits": 16,
-    **dict.fromkeys(("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"), 32),
+    **dict.fromkeys(("digits32", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"), 32),
     "inception_v3": 299,
 }
 _USUAL_SIDE = 224
@@ -314,4 +314,4 @@ def export_named(name: str, image_size: int | None = None) -> ExportedTopology:
         If the network does not run on images of that size.
     """
     side = input_size(name) if image_size is None else parse_count(image_size, "image_size")
-    return export_topology(build_shapes(name), (1 if name == "digits" else 3, side, side))
+    return export_topology(build_shapes(name), (1 if name in ("digits", "digits32") else 3, side, side))

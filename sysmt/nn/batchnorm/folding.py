@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
+from torch.nn.parameter import UninitializedBuffer
+from torch.nn.utils.prune import BasePruningMethod
 
 from sysmt.errors import ConfigError
-from sysmt.nn.batchnorm.recalibration import named_batchnorms
+from sysmt.nn.batchnorm.dataflow import (
+    LINEAR_LAYERS,
+    TRANSPOSED,
+    Flow,
+    observe_flow,
+    still_called,
+    trace_flow,
+)
+from sysmt.nn.batchnorm.statistics import named_batchnorms, scale_and_shift
 
 __all__ = ["FoldReport", "fold_batchnorm"]
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
+_HOOKS = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+"""Where torch keeps the hooks of a module."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +57,6 @@ class FoldReport:
         return pd.DataFrame(rows, columns=["name", "into", "reason"])
 
 
-@dataclasses.dataclass
-class _Flow:
-    """What one forward pass shows about the layers that may fold."""
-
-    runs: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
-    readers: Counter[nn.Module] = dataclasses.field(default_factory=Counter)  # of the layer's output
-    sources: dict[nn.Module, nn.Module | str] = dataclasses.field(default_factory=dict)  # of a BN's input
-    exposed: set[nn.Module] = dataclasses.field(default_factory=set)  # parameters read from outside
-    odd_outputs: set[nn.Module] = dataclasses.field(default_factory=set)  # channels are not axis 1
-
-
 def fold_batchnorm(model: nn.Module, example: Tensor | None = None) -> FoldReport:
     """Fold every BatchNorm that directly follows a convolution or Linear layer into it, in place.
 
@@ -63,6 +64,10 @@ def fold_batchnorm(model: nn.Module, example: Tensor | None = None) -> FoldRepor
     BatchNorm becomes `nn.Identity`; a layer without bias gets one. Outputs in evaluation mode stay
     the same but for float rounding. All Conv, ConvTranspose and Linear layers of torch qualify;
     pruned weights keep their masks and zeros.
+
+    A layer stays, with the reason in the report, where it is not certain that nothing else changes: hooks on
+    it or on the layer before it, weights that are computed (weight and spectral norm, parametrisations of
+    every kind) or that something else holds as well, subclasses with a forward of their own.
 
     What follows what is read off a `torch.fx` trace. Networks that cannot be traced, because their Python
     code depends on values, need an `example`: one forward pass is then watched tensor by tensor.
@@ -85,147 +90,50 @@ def fold_batchnorm(model: nn.Module, example: Tensor | None = None) -> FoldRepor
     ------
     ConfigError
         If a BatchNorm layer is in training mode, the simulator is attached, or the network cannot be
-        traced and there is no `example`. Nothing has been folded then.
+        traced and there is no `example`.
+
+    After any exception, the network's own in a forward pass included, nothing has been folded.
     """
     layers = named_batchnorms(model)
     names = {module: name for name, module in model.named_modules()}
     for module, name in names.items():
-        if isinstance(module, _BatchNorm) and module.training:
+        if isinstance(module, _BatchNorm) and module.training and not _keeps_its_mode(module):
             raise ConfigError(
                 f"BatchNorm layer {name!r} is in training mode; call model.eval() before folding"
             )
-        if isinstance(module, _FOLDABLE) and "forward" in vars(module):
+        if isinstance(module, LINEAR_LAYERS) and "forward" in vars(module):
             raise ConfigError(
                 f"layer {name!r} has its forward replaced, as by an attached simulator; detach before folding"
             )
-    flow = _traced_flow(model) if example is None else _observed_flow(model, example)
-    owners = Counter(parameter for module in names for parameter in module.parameters(recurse=False))
-    folded: dict[str, str] = {}
+    flow = trace_flow(model) if example is None else observe_flow(model, example)
+    shared = _sharing_memory(model)
     kept: dict[str, str] = {}
+    folds: dict[str, _Fold] = {}
     for name, batchnorm in layers.items():
-        reason = _obstacle(batchnorm, flow, names, owners)
-        if reason:
-            kept[name] = reason
-            continue
-        source = flow.sources[batchnorm]
-        assert isinstance(source, nn.Module)
-        _absorb(source, batchnorm)
-        _replace(model, batchnorm, nn.Identity().train(batchnorm.training))
-        folded[name] = names[source]
-    return FoldReport(folded, kept)
+        found = _obstacle(batchnorm, flow, names, shared) or _fold(batchnorm, flow.sources[batchnorm])
+        if isinstance(found, str):
+            kept[name] = found
+        else:
+            folds[name] = found
+    for name in _apply(model, example, folds):
+        kept[name] = "the network holds it besides its submodules, as in a plain list"
+    folded = {name: names[fold.layer] for name, fold in folds.items() if name not in kept}
+    return FoldReport(folded, {name: kept[name] for name in layers if name in kept})
 
 
-class _Tracer(fx.Tracer):
-    """Traces through containers, and stops at every layer that may fold (subclasses included)."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*_FOLDABLE, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _traced_flow(model: nn.Module) -> _Flow:
-    """Read the flow off a symbolic trace."""
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # whatever the network's own code raises on a proxy
-        raise ConfigError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({error}); give example=, an input tensor"
-        ) from error
-    flow = _Flow()
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            flow.exposed.add(model.get_submodule(node.target.rpartition(".")[0]))
-        if node.op != "call_module":
-            continue
-        module = model.get_submodule(node.target)
-        flow.runs[module] += 1
-        flow.readers[module] += len(node.users)
-        if isinstance(module, _BatchNorm):
-            before = node.all_input_nodes[0]
-            if before.op == "call_module":
-                flow.sources[module] = model.get_submodule(before.target)
-            elif before.op == "placeholder":
-                flow.sources[module] = "the network's input"
-            else:
-                flow.sources[module] = getattr(before.target, "__name__", str(before.target))
-    return flow
-
-
-class _Readers(TorchFunctionMode):
-    """Counts which torch functions read each tensor, and remembers which one made it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[int] = Counter()
-        self.maker: dict[int, str] = {}
-        self._alive: list[Tensor] = []  # an id is unique only while its tensor lives
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        made = list(_tensors(result))
-        if made:  # what gives no tensor asked for a shape or a type
-            self.read(args, kwargs)
-            self._alive += made
-            self.maker |= {id(tensor): getattr(func, "__name__", str(func)) for tensor in made}
-        return result
-
-    def read(self, *values: Any) -> None:
-        """Count one reader for every tensor inside `values`."""
-        tensors = list(_tensors(values))
-        self._alive += tensors
-        self.count.update(id(tensor) for tensor in tensors)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-
-
-def _observed_flow(model: nn.Module, example: Tensor) -> _Flow:
-    """Run one forward pass and see which tensor goes where."""
-    flow, readers = _Flow(), _Readers()
-    outputs: dict[nn.Module, Tensor] = {}
-    makers: dict[int, nn.Module] = {}
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        what = "the network's input" if x is example else readers.maker.get(id(x), "outside the network")
-        flow.sources[module] = makers.get(id(x), what)
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        flow.runs[module] += 1
-        outputs[module] = output
-        makers[id(output)] = module
-        if isinstance(module, _FOLDABLE) and output.dim() != module.weight.dim():
-            flow.odd_outputs.add(module)
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, (*_FOLDABLE, _BatchNorm)):
-                hooks.callback(module.register_forward_hook(after).remove)
-            if isinstance(module, _BatchNorm):
-                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        with torch.no_grad(), readers:
-            readers.read(model(example))
-    for module, output in outputs.items():
-        flow.readers[module] = readers.count[id(output)]
-        if any(readers.count[id(value)] > flow.runs[module] for value in module.parameters(recurse=False)):
-            flow.exposed.add(module)
-    return flow
+# What stands in the way
 
 
 def _obstacle(
-    batchnorm: _BatchNorm, flow: _Flow, names: Mapping[nn.Module, str], owners: Mapping[nn.Parameter, int]
+    batchnorm: _BatchNorm, flow: Flow, names: Mapping[nn.Module, str], shared: set[nn.Module]
 ) -> str | None:
     """Say why a BatchNorm cannot be folded, or return ``None``."""
-    if batchnorm.running_mean is None:
+    if batchnorm.training:
+        return "it stays in training mode, whatever eval() is told"
+    if batchnorm.running_mean is None or batchnorm.running_var is None:
         return "it keeps no running statistics"
+    if isinstance(batchnorm.running_mean, UninitializedBuffer):
+        return "it is lazy and not initialised yet"
     if type(batchnorm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return f"it is a {type(batchnorm).__name__}, which does more than scale and shift"
     if flow.runs[batchnorm] != 1:
@@ -235,9 +143,9 @@ def _obstacle(
     if isinstance(source, str):
         return f"it follows {source}, not a convolution or Linear layer"
     label = f"{type(source).__name__} {names[source]!r}"
-    if type(source) not in _FOLDABLE:
+    if type(source) not in LINEAR_LAYERS:
         return f"it follows {label}, not a plain convolution or Linear layer of torch"
-    assert isinstance(source, _FOLDABLE)
+    assert isinstance(source, LINEAR_LAYERS)
     if flow.runs[source] != 1:
         return f"the forward pass runs {label} before it {flow.runs[source]} times"
     if flow.readers[source] != 1:
@@ -245,59 +153,182 @@ def _obstacle(
     if source in flow.odd_outputs or _out_channels(source) != batchnorm.num_features:
         return f"it does not normalise the output channels of {label}"
     for module in (source, batchnorm):
-        if module in flow.exposed or any(owners[value] > 1 for value in module.parameters(recurse=False)):
+        if module in flow.exposed or module in shared:
             return f"the parameters of {type(module).__name__} {names[module]!r} are used elsewhere, too"
-    if "bias_orig" in dict(source.named_parameters(recurse=False)):
-        return f"the bias of {label} is pruned"
-    if not all(value.isfinite().all() for value in _affine(batchnorm)):
-        return "its scale or shift is not finite"
+    pruned = "weight_mask" in dict(source.named_buffers(recurse=False))
+    if pruned and flow.constants:
+        return f"the pruned weight of {label} may be read elsewhere, too; give example=, an input tensor"
+    return _unproved(batchnorm, "it", ("weight", "bias")) or _unproved(
+        source, label, ("weight_orig" if pruned else "weight", "bias")
+    )
+
+
+def _unproved(module: nn.Module, label: str, parameters: tuple[str, ...]) -> str | None:
+    """Say what keeps a layer from computing just what its class and its parameters say, or ``None``."""
+    if torch_module._has_any_global_hook():
+        return "a hook on all modules of torch may change what layers compute"
+    for name in vars(module):
+        if callable(getattr(type(module), name, None)):
+            return f"{label} has its {name} replaced"
+    own = dict(module.named_parameters(recurse=False))
+    for name in parameters:
+        if name not in own and getattr(module, name, None) is not None:
+            return f"the {name} of {label} is computed, not a parameter of its own"
+    if any(not _masks(hook) for name in _HOOKS for hook in getattr(module, name).values()):
+        return f"{label} has hooks"
+    values: list[Tensor] = [own[name] for name in parameters if name in own]
+    if isinstance(module, _BatchNorm):
+        values += [value for value in (module.running_mean, module.running_var) if value is not None]
+    for value in values:
+        if value.is_meta or value.is_inference() or value.layout is not torch.strided:
+            what = "on the meta device" if value.is_meta else "no plain tensors in memory"
+            return f"the values of {label} are {what}"
     return None
+
+
+def _keeps_its_mode(module: nn.Module) -> bool:
+    """Whether a layer decides itself whether it is in training mode."""
+    changed = {"train", "eval"} & set(vars(module))
+    return bool(changed) or (type(module).train, type(module).eval) != (nn.Module.train, nn.Module.eval)
+
+
+def _masks(hook: object) -> bool:
+    """Whether a hook is one of `torch.nn.utils.prune` that multiplies by a mask and does nothing else."""
+    plain = BasePruningMethod
+    return (
+        isinstance(hook, plain)
+        and type(hook).__call__ is plain.__call__
+        and type(hook).apply_mask is plain.apply_mask
+    )
+
+
+def _sharing_memory(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that hold a tensor whose memory another parameter, buffer or attribute uses, too."""
+    spans: list[tuple[str, int, int, nn.Module]] = []
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers, vars(module)):
+            for tensor in holder.values():
+                if (
+                    isinstance(tensor, Tensor)
+                    and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+                    and not tensor.is_meta
+                    and tensor.layout is torch.strided
+                    and tensor.numel()
+                ):
+                    reach = sum(
+                        (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+                    )
+                    start = tensor.data_ptr()
+                    end = start + (reach + 1) * tensor.element_size()
+                    spans.append((str(tensor.device), start, end, module))
+    sharing: set[nn.Module] = set()
+    device, furthest, holder_of_it = "", 0, None
+    for place, start, end, module in sorted(spans, key=lambda span: span[:3]):
+        if place == device and start < furthest:
+            assert holder_of_it is not None
+            sharing |= {module, holder_of_it}
+        if place != device or end > furthest:
+            device, furthest, holder_of_it = place, end, module
+    return sharing
 
 
 def _out_channels(layer: nn.Module) -> int:
     return layer.out_features if isinstance(layer, nn.Linear) else int(layer.out_channels)  # type: ignore[arg-type]
 
 
-def _affine(batchnorm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return the scale and the shift that the layer applies per channel, in float64."""
-    assert batchnorm.running_mean is not None
-    assert batchnorm.running_var is not None
-    mean, variance = batchnorm.running_mean.double(), batchnorm.running_var.double()
-    scale = (variance + batchnorm.eps).rsqrt()
-    if batchnorm.weight is not None:
-        scale = scale * batchnorm.weight.detach().double()
-    shift = -mean * scale
-    if batchnorm.bias is not None:
-        shift = shift + batchnorm.bias.detach().double()
-    return scale, shift
+# Folding
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fold:
+    """New values of a layer that absorbs a BatchNorm; `weight` is what lies under a mask if it has one."""
+
+    layer: nn.Module
+    batchnorm: _BatchNorm
+    weight: Tensor
+    bias: Tensor
 
 
 @torch.no_grad()
-def _absorb(layer: nn.Module, batchnorm: _BatchNorm) -> None:
-    """Multiply the layer's output channels by the BatchNorm's scale and add its shift."""
-    scale, shift = _affine(batchnorm)
-    # A pruned layer recomputes `weight` from `weight_orig` and its mask before every forward pass.
-    pruned = "weight_orig" in dict(layer.named_parameters(recurse=False))
-    weight = layer.get_parameter("weight_orig" if pruned else "weight")
-    if isinstance(layer, _TRANSPOSED):  # (in, out / groups, ...): input channels of a group share its outputs
+def _fold(batchnorm: _BatchNorm, layer: nn.Module | str) -> _Fold | str:
+    """Compute what a layer becomes that absorbs a BatchNorm, or say why numbers do not allow it."""
+    assert isinstance(layer, LINEAR_LAYERS)
+    scale, shift = scale_and_shift(batchnorm)
+    if not scale.isfinite().all() or not shift.isfinite().all():
+        return "its scale or shift is not finite"
+    weight = _weight(layer)
+    scale, shift = scale.to(weight.device), shift.to(weight.device)
+    if isinstance(layer, TRANSPOSED):  # (in, out / groups, ...): input channels of a group share its outputs
         per_group = scale.view(layer.groups, -1)
         factor = per_group.repeat_interleave(layer.in_channels // layer.groups, dim=0)
     else:
         factor = scale[:, None]
     factor = factor.view(*factor.shape, *[1] * (weight.dim() - 2))
-    weight.copy_(weight.double() * factor)
-    if pruned:
-        layer.weight = weight * layer.get_buffer("weight_mask")
+    folded = (weight.double() * factor).to(weight.dtype)
+    bias = (shift if layer.bias is None else layer.bias.double() * scale + shift).to(weight.dtype)
+    if not folded.isfinite().all() or not bias.isfinite().all():
+        return f"the folded weights would not be finite in {str(weight.dtype).removeprefix('torch.')}"
+    return _Fold(layer, batchnorm, folded, bias)
+
+
+def _weight(layer: nn.Module) -> nn.Parameter:
+    """Return the parameter behind a layer's weight: what lies under the mask of a pruned one."""
+    own = dict(layer.named_parameters(recurse=False))
+    return own["weight_orig"] if "weight_orig" in own else own["weight"]
+
+
+def _apply(model: nn.Module, example: Tensor | None, folds: Mapping[str, _Fold]) -> set[str]:
+    """Fold all, or after an exception none; return the names of what turned out to be called regardless."""
+    if not folds:
+        return set()
+    with ExitStack() as undo:
+        returns: dict[nn.Module, Callable[[], None]] = {
+            fold.batchnorm: _replace(model, fold.batchnorm, undo) for fold in folds.values()
+        }
+        called = still_called(model, example, returns.keys())
+        for batchnorm in called:
+            returns[batchnorm]()
+        for fold in folds.values():
+            if fold.batchnorm not in called:
+                _absorb(fold, undo)
+        undo.pop_all()
+    return {name for name, fold in folds.items() if fold.batchnorm in called}
+
+
+def _replace(model: nn.Module, old: nn.Module, undo: ExitStack) -> Callable[[], None]:
+    """Put an Identity wherever `old` is registered, under one name or several; return what puts it back."""
+    identity = nn.Identity().train(old.training)
+    places = [
+        (parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is old
+    ]
+
+    def put(module: nn.Module) -> None:
+        for parent, key in places:
+            parent._modules[key] = module
+
+    undo.callback(put, old)
+    put(identity)
+    return lambda: put(old)
+
+
+@torch.no_grad()
+def _absorb(fold: _Fold, undo: ExitStack) -> None:
+    """Write the new values into the layer; `undo` brings the old ones back."""
+    layer, weight = fold.layer, _weight(fold.layer)
+    undo.callback(_write, weight, weight.clone())
+    _write(weight, fold.weight)
     if layer.bias is None:
-        layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
+        undo.callback(setattr, layer, "bias", None)
+        layer.bias = nn.Parameter(fold.bias, requires_grad=weight.requires_grad)
     else:
         assert isinstance(layer.bias, nn.Parameter)
-        layer.bias.copy_(layer.bias.double() * scale + shift)
+        undo.callback(_write, layer.bias, layer.bias.clone())
+        _write(layer.bias, fold.bias)
+    if weight is not layer.weight:  # a pruned layer recomputes `weight` before every forward pass
+        undo.callback(setattr, layer, "weight", layer.weight)
+        layer.weight = weight * layer.get_buffer("weight_mask")
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is registered; one module may have several names."""
-    for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
-            if child is old:
-                parent.add_module(key, new)
+@torch.no_grad()
+def _write(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value)

@@ -9,27 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from enum import StrEnum
-from numbers import Real
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedBuffer
 
-from sysmt.config import parse_count, parse_name
-from sysmt.errors import CalibrationError, ConfigError, WeightsError, nearest
+from sysmt.config import RecalibrationMode, parse_count, parse_number, parse_recalibration
+from sysmt.errors import CalibrationError
+from sysmt.nn.batchnorm.gathering_layers import gathering_layers
+from sysmt.nn.batchnorm.statistics import (
+    layer_statistics,
+    load_statistics,
+    named_batchnorms,
+    running_buffers,
+    save_statistics,
+    set_statistics,
+)
 from sysmt.nn.passes import image_batches, kept_modes
 from sysmt.progress import progress_bar
 
 __all__ = [
     "LayerShift",
-    "RecalibrationMode",
     "RecalibrationReport",
     "load_statistics",
     "named_batchnorms",
@@ -39,14 +45,6 @@ __all__ = [
 
 
 # Recalibration
-
-
-class RecalibrationMode(StrEnum):
-    """How the statistics of the batches become the running statistics."""
-
-    EMA = "ema"
-    CUMULATIVE = "cumulative"
-    FINAL = "final"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +90,9 @@ class RecalibrationReport:
     images, batches : int
         Images and batches that went through the network.
     layers : tuple of LayerShift
-        One entry per BatchNorm layer, in the network's order of definition.
+        One entry per BatchNorm layer that gathered, in the network's order of definition.
+    skipped : dict of str to str
+        Layers that gather no statistics, whatever the mode, and why.
     """
 
     mode: RecalibrationMode
@@ -100,9 +100,10 @@ class RecalibrationReport:
     images: int
     batches: int
     layers: tuple[LayerShift, ...]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per BatchNorm layer, the columns named as in `LayerShift`."""
+        """Return one row per BatchNorm layer that gathered, the columns named as in `LayerShift`."""
         columns = [field.name for field in dataclasses.fields(LayerShift)]
         return pd.DataFrame([dataclasses.asdict(layer) for layer in self.layers], columns=columns)
 
@@ -135,7 +136,7 @@ class _Pool:
 
     def store(self, layer: _BatchNorm) -> None:
         """Write mean and unbiased variance into the layer's running statistics."""
-        mean, variance = _running(layer)
+        mean, variance = running_buffers(layer)
         mean.copy_(self._mean)
         variance.copy_(self._squares / (self.values - 1))
 
@@ -183,7 +184,7 @@ class _Gatherer:
             pool.store(self.layers[name])
             self.values[name] = pool.values
         for name, layer in self.layers.items():
-            if not all(statistic.isfinite().all() for statistic in _running(layer)):
+            if not all(statistic.isfinite().all() for statistic in running_buffers(layer)):
                 raise CalibrationError(
                     f"BatchNorm layer {name!r} gathered statistics that are not finite: "
                     "the images, or the layers before it, gave NaN or infinity"
@@ -238,8 +239,7 @@ def recalibrate_batchnorm(
     Raises
     ------
     ConfigError
-        On an unknown `mode`, `momentum` or `images` out of range, a network without BatchNorm, or a
-        BatchNorm layer that tracks no statistics.
+        On an unknown `mode`, `momentum` or `images` out of range, or a network without a layer that gathers.
     CalibrationError
         If the loader is empty or gives something other than tensors, if a batch leaves one value
         per channel, or if statistics come out as NaN or infinity.
@@ -248,14 +248,17 @@ def recalibrate_batchnorm(
     ----------
     G. Shomron and U. Weiser, "Post-Training BatchNorm Recalibration", section 2.
     """
-    mode = parse_name(RecalibrationMode, mode, "mode")
+    mode = parse_recalibration(mode, "mode")
     images = parse_count(images, "images")
-    if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 < momentum <= 1:
-        raise ConfigError(f"momentum={momentum!r} must be a number in (0, 1]: the weight of a new batch")
-    layers = _tracking_layers(model)
+    momentum = parse_number(
+        momentum, "momentum", "a number in (0, 1], the weight of a new batch,", lambda value: 0 < value <= 1
+    )
+    layers, skipped = gathering_layers(model)
+    for name, reason in skipped.items():
+        warnings.warn(f"BatchNorm layer {name!r} {reason}; it is not recalibrated", stacklevel=2)
     gatherer = _Gatherer(layers, mode)
     used = batches = largest = 0
-    with _only_batchnorm_training(model, layers, float(momentum)) as before, ExitStack() as stack:
+    with _only_batchnorm_training(model, layers, momentum) as before, ExitStack() as stack:
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(gatherer.watch(name), with_kwargs=True)
             stack.callback(handle.remove)
@@ -271,7 +274,7 @@ def recalibrate_batchnorm(
     shifts = tuple(
         _shift(name, layer, before[layer], gatherer.values[name]) for name, layer in layers.items()
     )
-    return RecalibrationReport(mode, float(momentum), used, batches, shifts)
+    return RecalibrationReport(mode, momentum, used, batches, shifts, skipped)
 
 
 @contextmanager
@@ -288,7 +291,7 @@ def _only_batchnorm_training(
         for layer in layers.values()
         if layer.num_batches_tracked is not None
     }
-    statistics = {layer: _statistics(layer) for layer in layers.values()}
+    statistics = {layer: layer_statistics(layer) for layer in layers.values()}
     try:
         with kept_modes(model), torch.no_grad():
             for module in model.modules():
@@ -299,7 +302,7 @@ def _only_batchnorm_training(
             yield statistics
     except BaseException:
         for layer, (mean, variance) in statistics.items():
-            _set_running(layer, mean, variance)
+            set_statistics(layer, mean, variance)
         raise
     finally:
         for layer, value in momenta.items():
@@ -310,7 +313,7 @@ def _only_batchnorm_training(
 
 def _shift(name: str, layer: _BatchNorm, before: tuple[Tensor, Tensor], values: int) -> LayerShift:
     """Compare a layer's statistics with those it had before."""
-    (old_mean, old_variance), (mean, variance) = before, _statistics(layer)
+    (old_mean, old_variance), (mean, variance) = before, layer_statistics(layer)
     old_spread = (old_variance.double() + layer.eps).clamp_min(1e-300)
     spread = (variance.double() + layer.eps).clamp_min(1e-300)
     shift = (mean.double() - old_mean.double()).abs() / old_spread.sqrt()
@@ -324,114 +327,3 @@ def _shift(name: str, layer: _BatchNorm, before: tuple[Tensor, Tensor], values: 
         float(ratio.mean()),
         float(ratio.abs().max()),
     )
-
-
-# Statistics
-
-
-def save_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the running statistics of every BatchNorm layer that keeps them.
-
-    Returns
-    -------
-    dict of str to Tensor (channels,)
-        ``<layer>.running_mean`` and ``<layer>.running_var``, the keys of `state_dict`. Empty for a
-        network without BatchNorm.
-    """
-    saved: dict[str, Tensor] = {}
-    for name, layer in named_batchnorms(model).items():
-        if layer.running_mean is not None:
-            mean_key, variance_key = _keys(name)
-            saved[mean_key], saved[variance_key] = _statistics(layer)
-    return saved
-
-
-def load_statistics(model: nn.Module, statistics: Mapping[str, Any]) -> None:
-    """Set the running statistics that `save_statistics` returned; all of them or, on an error, none.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A network with the same BatchNorm layers.
-    statistics : mapping of str to tensor or array (channels,)
-
-    Raises
-    ------
-    WeightsError
-        If keys are missing or unknown, shapes differ, or values are not finite or a variance negative.
-    """
-    layers = {
-        name: layer for name, layer in named_batchnorms(model).items() if layer.running_mean is not None
-    }
-    needed = {key for name in layers for key in _keys(name)}
-    for key in statistics:
-        if key not in needed:
-            raise WeightsError(f"the network has no statistic {key!r}{nearest(key, needed)}")
-    checked: list[tuple[_BatchNorm, Tensor, Tensor]] = []
-    for name, layer in layers.items():
-        values = []
-        for key in _keys(name):
-            if key not in statistics:
-                raise WeightsError(
-                    f"the statistics lack {key!r}; {len(statistics)} of {len(needed)} keys are there"
-                )
-            value = torch.as_tensor(statistics[key])
-            if value.shape != (layer.num_features,):
-                raise WeightsError(
-                    f"{key!r} has shape {tuple(value.shape)}; the layer has {layer.num_features} channels"
-                )
-            if not value.isfinite().all() or (key.endswith("running_var") and (value < 0).any()):
-                raise WeightsError(f"{key!r} holds values that are not finite, or a negative variance")
-            values.append(value)
-        checked.append((layer, values[0], values[1]))
-    for layer, mean, variance in checked:
-        _set_running(layer, mean, variance)
-
-
-def _keys(name: str) -> tuple[str, str]:
-    """Return the two `state_dict` keys of a layer's running statistics."""
-    prefix = f"{name}." if name else ""
-    return f"{prefix}running_mean", f"{prefix}running_var"
-
-
-def named_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return every BatchNorm layer of a network by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-
-
-def _tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return all BatchNorm layers by name; raise `ConfigError` if there are none, or one cannot gather."""
-    layers = named_batchnorms(model)
-    if not layers:
-        raise ConfigError(
-            f"{type(model).__name__} has no BatchNorm layer: there are no statistics to recalibrate"
-        )
-    for name, layer in layers.items():
-        if layer.running_mean is None or layer.running_var is None or not layer.track_running_stats:
-            raise ConfigError(
-                f"BatchNorm layer {name!r} has track_running_stats=False: it keeps nothing to recalibrate"
-            )
-        if isinstance(layer.running_mean, UninitializedBuffer):
-            raise ConfigError(
-                f"BatchNorm layer {name!r} is lazy and not initialised yet: run one batch first"
-            )
-    return layers
-
-
-def _running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return the buffers themselves."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
-
-
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return copies of running mean and variance."""
-    mean, variance = _running(layer)
-    return mean.detach().clone(), variance.detach().clone()
-
-
-def _set_running(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    with torch.no_grad():
-        for buffer, value in zip(_running(layer), (mean, variance), strict=True):
-            buffer.copy_(value)

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sysmt.config import parse_count, parse_name
 from sysmt.errors import ConfigError
-from sysmt.nn.batchnorm.recalibration import named_batchnorms
+from sysmt.nn.batchnorm.statistics import named_batchnorms
 
 __all__ = ["POPULATION_DECAY", "BatchStatistics", "batch_statistics", "check_statistics"]
 

@@ -1,4 +1,4 @@
-"""Labelled images by specification: ``"digits"``, ``"cifar10:DIR"``, ``"npz:FILE"``, ``"imagefolder:DIR"``.
+"""Labelled images by specification, such as ``"digits"``, ``"npz:FILE"`` or ``"imagefolder:DIR"``.
 
 One object, `ImageData`, holds both splits and hands out loaders that give the same batches each time
 they are iterated.
@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from sysmt.nn.data.preprocessing import (
     preset,
 )
 from sysmt.nn.data.sources import RawData, read_data
+from sysmt.nn.own_code import is_own_code
 
 __all__ = ["ImageData", "Loader", "Split", "open_data"]
 
@@ -227,6 +228,7 @@ def open_data(
     train: str | None = None,
     preprocessing: str | Preprocessing | None = None,
     image_size: int | None = None,
+    classes: str | Path | Sequence[str] | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
     cache_dir: str | Path | None = None,
@@ -237,17 +239,25 @@ def open_data(
     ----------
     spec : str
         ``"digits"``: the 1,797 handwritten digits of scikit-learn, 16 × 16, made harder with shifts
-        and noise. ``"cifar10:DIR"``: the python version of CIFAR-10, or image folders train/ and
-        test/. ``"npz:FILE"``: uint8 arrays x_train, x_test (N, H, W, C) or (N, H, W) with labels
-        y_train, y_test. ``"imagefolder:DIR"``: a folder per class below train/ and val/ (or
-        test/), or below DIR itself, which then serves for evaluation only.
+        and noise. ``"digits32"``: the same digits, each anywhere on 32 × 32 black pixels.
+        ``"cifar10:DIR"``: the python version of CIFAR-10, or image folders train/ and test/.
+        ``"npz:FILE"``: uint8 arrays x_train, x_test (N, H, W, C) or (N, H, W) with labels y_train, y_test.
+        ``"imagefolder:DIR"``: a folder per class below train/ and val/ (or test/), or below DIR itself,
+        which then serves for evaluation only. ``"path/to/data.py:build"`` or
+        ``"package.module:build"``: what a function of your own returns (so its code runs), anything with
+        a length and items (image, label), images as PIL's or uint8; called for each split if it takes
+        `split`.
     train : str, optional
         A second specification to take the training images from: its training split, or its only one.
     preprocessing : str or Preprocessing, optional
-        One of ``"auto"`` (the default), ``"cifar"``, ``"small"``, ``"imagenet"``, ``"digits"``, or
-        your own. ``"auto"`` goes by the size of the images and leaves a note.
+        One of ``"auto"`` (the default), ``"cifar"``, ``"small"``, ``"imagenet"``, ``"digits"``,
+        ``"digits32"``, or your own. ``"auto"`` goes by the size of the images and leaves a note.
     image_size : int, optional
         Scale the images to this input size.
+    classes : str, Path or sequence of str, optional
+        The network's classes in the order of its logits: names of class folders, or a file with one a line
+        (behind the first word a line may explain it). Needed where only some of the classes have a folder. By
+        default a file ``classes.txt`` in DIR, then the training folders, then the folders themselves.
     skip_bad_images : bool
         Leave unreadable files out, with a warning, instead of raising.
     seed : int
@@ -266,12 +276,14 @@ def open_data(
     ConfigError
         If the preprocessing is unknown.
     """
-    raw = read_data(spec)
+    raw = read_data(spec, classes)
     name = _short_name(spec)
     if train is not None:
-        raw = _with_training(raw, read_data(train), spec, train)
+        folders = train.partition(":")[0] in ("imagefolder", "cifar10")
+        raw = _with_training(raw, read_data(train, classes if folders else None), spec, train)
         name = f"{name}, train {_short_name(train)}"
     chosen, notes = _choose_preprocessing(raw, preprocessing, image_size, skip_bad_images)
+    notes = raw.notes + notes
     for note in notes:
         _log.info("%s: %s", name, note)
     sources: dict[str, ImageSource] = {
@@ -289,14 +301,20 @@ def open_data(
 
 
 def _short_name(spec: str) -> str:
+    if is_own_code(spec):
+        return Path(spec).name
     kind, _, path = spec.partition(":")
     return f"{kind}:{Path(path).stem}" if path else kind
 
 
 def _with_training(raw: RawData, other: RawData, spec: str, train: str) -> RawData:
-    """Take the training images of a second data set, which must have the same classes."""
-    if None not in (raw.class_names, other.class_names) and raw.class_names != other.class_names:
-        raise DataError(f"{spec!r} and {train!r} have different classes; labels would not mean the same")
+    """Take the training images of a second data set; labels follow the one that has more classes."""
+    own, others = raw.class_names, other.class_names
+    if own is not None and others is not None and own != others:
+        names = max(own, others, key=len)
+        if not set(own) | set(others) == set(names):
+            raise DataError(f"{spec!r} and {train!r} have different classes; labels would not mean the same")
+        raw, other = raw.relabel(names), other.relabel(names)
     split = "train" if "train" in other.arrays or "train" in other.files else "test"
     arrays = {key: value for key, value in raw.arrays.items() if key == "test"}
     files = {key: value for key, value in raw.files.items() if key == "test"}
@@ -304,7 +322,7 @@ def _with_training(raw: RawData, other: RawData, spec: str, train: str) -> RawDa
         arrays["train"] = other.arrays[split]
     else:
         files["train"] = other.files[split]
-    return RawData(arrays, files, raw.class_names or other.class_names, raw.preset)
+    return RawData(arrays, files, raw.class_names or other.class_names, raw.preset, raw.notes)
 
 
 def _choose_preprocessing(

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sysmt.archives import read_npz
 from sysmt.errors import DataError
 from sysmt.files import written_whole
 from sysmt.nn.data.preprocessing import Preprocessing
@@ -272,14 +273,46 @@ class FileImages(ImageSource):
 
 
 def find_images(folder: Path) -> list[Path]:
-    """List the image files below a folder, sorted by path."""
-    found = [
-        Path(where) / name
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in _SUFFIXES and not name.startswith(".")
-    ]
+    """List the image files below a folder, sorted by path.
+
+    Links are followed, but no folder is entered twice: a link to a folder that was listed already, such as
+    one that the link lies in, is left out with a warning. Pipes, sockets and devices are no images.
+    """
+    found: list[Path] = []
+    entered: dict[tuple[int, int], Path] = {}
+    folders, links = [folder], list[Path]()
+    while folders or links:
+        place = folders.pop() if folders else links.pop()  # links last, so that they are what is left out
+        try:
+            facts = place.stat()
+            before = entered.setdefault((facts.st_dev, facts.st_ino), place)
+            if before is not place:
+                what = f"{place} leads to {before}, whose images are counted already; left out"
+                warnings.warn(what, stacklevel=2)
+                continue
+            with os.scandir(place) as entries:
+                inside = list(entries)
+        except OSError as error:
+            raise DataError(f"{place} cannot be read ({error.strerror})") from error
+        for entry in inside:
+            path = place / entry.name
+            if _is_folder(entry):
+                (links if entry.is_symlink() else folders).append(path)
+            elif path.suffix.lower() in _SUFFIXES and not entry.name.startswith(".") and _may_be_image(entry):
+                found.append(path)
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; false for a link to itself, where `is_dir` raises."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _may_be_image(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file, or a link to one; a broken link counts, and reading it will say so."""
+    if entry.is_symlink():
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()
 
 
 def image_extent(path: Path) -> tuple[int, int]:
@@ -351,8 +384,8 @@ def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as content:
-            return content["pixels"], content["kept"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        content = read_npz(path)
+        return content["pixels"], content["kept"]
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
         warnings.warn(f"{path} is damaged ({error}); decoding the images again", stacklevel=2)
         return None

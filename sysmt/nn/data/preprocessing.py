@@ -112,7 +112,7 @@ class Preprocessing:
         return f"{self.name}: {before}; training: {', '.join(training) or 'the same'}"
 
 
-PRESETS = ("auto", "cifar", "digits", "imagenet", "small")
+PRESETS = ("auto", "cifar", "digits", "digits32", "imagenet", "small")
 """Names that `preset` takes; ``"auto"`` is resolved by `pick_preset`."""
 
 
@@ -124,7 +124,7 @@ def preset(name: str, image_size: int | None = None, channels: int = 3) -> Prepr
     name : str
         ``"cifar"``: 32 × 32, pad 4, flip. ``"small"``: `image_size` (64 by default), padded by a tenth
         of it, flip. ``"imagenet"``: shorter side to 256, centre crop 224, random resized crop, flip.
-        ``"digits"``: 16 × 16 grey, pad 2, noise.
+        ``"digits"``: 16 × 16 grey, pad 2, noise. ``"digits32"``: 32 × 32 grey, pad 8, noise.
     image_size : int, optional
         Side of the network's input; images of another size are scaled to it.
     channels : int
@@ -146,10 +146,16 @@ def preset(name: str, image_size: int | None = None, channels: int = 3) -> Prepr
         size = image_size or 224
         resize = round(size * 256 / 224)
         return Preprocessing(name, size, resize, flip=True, random_resized_crop=True, mean=mean, std=std)
-    if name == "digits":
-        size = image_size or 16
+    if name in ("digits", "digits32"):
+        size, pad = (16, 2) if name == "digits" else (32, 8)
         return Preprocessing(
-            name, size, image_size, pad_pixels=2, noise_std=_DIGITS_NOISE_STD, mean=(0.5,), std=(0.5,)
+            name,
+            image_size or size,
+            image_size,
+            pad_pixels=pad,
+            noise_std=_DIGITS_NOISE_STD,
+            mean=(0.5,),
+            std=(0.5,),
         )
     size = image_size or (32 if name == "cifar" else 64)
     pad = 4 if name == "cifar" else round(size / 10.5)

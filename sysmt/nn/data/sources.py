@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 import zipfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from sysmt.archives import read_npz
 from sysmt.errors import DataError, nearest
 from sysmt.nn.data.pixels import find_images
 from sysmt.nn.data.preprocessing import add_noise, pad_crop_flip, preset
+from sysmt.nn.own_code import call_own, is_own_code, takes_own
 
-__all__ = ["RawData", "read_data"]
+__all__ = ["CLASSES_FILE", "RawData", "read_data"]
+
+CLASSES_FILE = "classes.txt"
+"""Names of all classes in the order of the labels, one a line, beside the folders with the images."""
 
 _MAX_CLASSES = 100_000
 
@@ -33,68 +41,127 @@ class RawData:
         In the order of the labels.
     preset : str
         Preprocessing that suits it, or ``"auto"``.
+    notes : list of str
+        What was decided while reading.
     """
 
     arrays: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
     files: dict[str, tuple[Path, list[Path], np.ndarray]] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     preset: str = "auto"
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def relabel(self, names: tuple[str, ...]) -> RawData:
+        """Return the same images labelled by another list of classes, which has all of these."""
+        assert self.class_names is not None
+        to = np.array([names.index(name) for name in self.class_names], dtype=np.int64)
+        return dataclasses.replace(
+            self,
+            arrays={split: (pixels, to[labels]) for split, (pixels, labels) in self.arrays.items()},
+            files={split: (root, paths, to[labels]) for split, (root, paths, labels) in self.files.items()},
+            class_names=names,
+        )
 
     def labels(self) -> list[np.ndarray]:
         """Labels of each split."""
         return [pair[1] for pair in self.arrays.values()] + [triple[2] for triple in self.files.values()]
 
 
-def read_data(spec: str) -> RawData:
-    """Read what a specification names; `labelled_images.open_data` raises the same errors."""
+def read_data(spec: str, classes: str | Path | Sequence[str] | None = None) -> RawData:
+    """Read what a specification names, `classes` in the order given; see `labelled_images.open_data`."""
+    if is_own_code(str(spec)):
+        return _read_own(str(spec))
     kind, _, path = str(spec).partition(":")
     kinds = {
         "digits": "digits",
+        "digits32": "digits32",
         "cifar10": "cifar10:DIR",
         "npz": "npz:FILE",
         "imagefolder": "imagefolder:DIR",
     }
     if kind not in kinds:
         raise DataError(
-            f"data {spec!r} is unknown{nearest(kind, kinds)}; allowed: {', '.join(kinds.values())}"
+            f"data {spec!r} is unknown{nearest(kind, kinds)}; allowed: {', '.join(kinds.values())}, "
+            "and your own as path/to/data.py:build"
         )
-    if kind == "digits":
+    if classes is not None and kind not in ("imagefolder", "cifar10"):
+        raise DataError(f"classes are for image folders; data {spec!r} has labels that are numbers already")
+    if kind in ("digits", "digits32"):
         if path:
-            raise DataError(f"data {spec!r} takes no path; write 'digits'")
-        return _read_digits()
+            raise DataError(f"data {spec!r} takes no path; write {kind!r}")
+        return _read_digits(kind)
     if not path:
         raise DataError(f"data {spec!r} needs a path; write {kinds[kind]}")
     where = Path(path).expanduser()
-    if not where.exists():
+    if not os.path.exists(where):  # unlike Path's own, this takes names of any length
         raise DataError(f"{where} is missing (data {spec!r})")
     if kind == "npz":
         return _read_npz(where)
     if not where.is_dir():
         raise DataError(f"{where} is no directory (data {spec!r})")
-    if kind == "cifar10" and not (where / "train").is_dir():
+    if kind == "cifar10" and not (where / "train").is_dir() and classes is None:
         return _read_cifar10(where)
-    return _read_folders(where)
+    return _read_folders(where, classes)
 
 
-def _read_digits() -> RawData:
+def _read_own(spec: str) -> RawData:
+    """Call the user's function, for each split if it has a parameter `split`, and keep its images."""
+    raw = RawData()
+    for split in ("test", "train"):
+        made = call_own(spec, DataError, split=split)
+        if made is None:
+            continue
+        if not hasattr(made, "__getitem__") or not hasattr(made, "__len__"):
+            raise DataError(
+                f"{spec} gave a {type(made).__name__}; a data set with a length and items is needed"
+            )
+        items = [made[index] for index in range(len(made))]
+        if not items or not all(isinstance(item, Sequence) and len(item) == 2 for item in items):
+            raise DataError(
+                f"{spec} gave a {type(made).__name__} of {len(items)} items; (image, label) pairs are needed"
+            )
+        pixels = [np.asarray(image) for image, _ in items]
+        shapes = Counter((image.shape, str(image.dtype)) for image in pixels)
+        if len(shapes) > 1 or pixels[0].dtype != np.uint8:
+            kinds = ", ".join(f"{shape} of {dtype}" for shape, dtype in list(shapes)[:2])
+            raise DataError(
+                f"{spec} gave images of {kinds}; PIL images or uint8 arrays (height, width, 1 or 3) of one "
+                "size are needed, without transforms: scaling and normalising are the preprocessing's"
+            )
+        raw.arrays[split] = (
+            _checked_pixels(np.stack(pixels), f"{spec} ({split})"),
+            _checked_labels(np.asarray([label for _, label in items]), len(items), f"{spec} ({split})"),
+        )
+        names = getattr(made, "classes", None)
+        raw.class_names = tuple(map(str, names)) if names is not None else raw.class_names
+        if not takes_own(spec, "split", DataError):
+            break
+    if not raw.arrays:
+        raise DataError(f"{spec} gave None for both splits; a data set is needed")
+    return raw
+
+
+def _read_digits(kind: str) -> RawData:
     """Split scikit-learn's digits, scale them to 16 × 16, and shift and smudge the test images.
 
-    Every third image of a class is a test image. Training images get their shifts and noise from the
-    augmentation; a test image has its own, always the same.
+    ``"digits32"`` sets them into the middle of 32 × 32 black pixels first. Every third image of a class
+    is a test image. Training images get their shifts and noise from the augmentation; a test image has
+    its own, always the same.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = torch.from_numpy(np.round(digits.images * (255 / 16))).unsqueeze(1)
     large = torch.nn.functional.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
-    pixels = large.round().to(torch.uint8)
+    recipe = preset(kind)
+    margin = (recipe.image_size - large.shape[-1]) // 2
+    pixels = torch.nn.functional.pad(large.round().to(torch.uint8), (margin, margin, margin, margin))
     labels = digits.target.astype(np.int64)
     rank = np.empty_like(labels)
     for digit in range(10):
         rank[labels == digit] = np.arange(np.count_nonzero(labels == digit))
     is_test = rank % 3 == 2
     rng = np.random.default_rng(0)
-    recipe = preset("digits")
     count = int(is_test.sum())
     offsets = torch.from_numpy(rng.integers(0, 2 * recipe.pad_pixels + 1, (count, 2)))
     test = pad_crop_flip(pixels[torch.from_numpy(is_test)], recipe.pad_pixels, offsets)
@@ -105,15 +172,14 @@ def _read_digits() -> RawData:
             "test": (test.numpy(), labels[is_test]),
         },
         class_names=tuple("0123456789"),
-        preset="digits",
+        preset=kind,
     )
 
 
 def _read_npz(path: Path) -> RawData:
     try:
-        with np.load(path, allow_pickle=False) as content:
-            found = {key: content[key] for key in content.files if key[1:] in ("_train", "_test")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        found = read_npz(path, lambda name: name[1:] in ("_train", "_test"))
+    except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no readable .npz file of plain arrays ({error})") from error
     raw = RawData()
     for split in ("test", "train"):
@@ -180,28 +246,68 @@ def _read_cifar10(path: Path) -> RawData:
     return raw
 
 
-def _read_folders(root: Path) -> RawData:
-    """Find train/ and val/ (or test/) with a folder per class, or class folders directly."""
+def _read_folders(root: Path, classes: str | Path | Sequence[str] | None) -> RawData:
+    """Find train/ and val/ (or test/) with a folder per class, or class folders directly.
+
+    Labels are positions in `classes`, in a file `CLASSES_FILE` below `root`, or else among the names of the
+    split that has most.
+    """
     split_names = {"train": ("train",), "test": ("val", "test")}
     below = {
         split: next((root / name for name in names if (root / name).is_dir()), None)
         for split, names in split_names.items()
     }
     folders = {split: folder for split, folder in below.items() if folder is not None} or {"test": root}
-    classes = {split: _class_folders(folder) for split, folder in folders.items()}
-    names = max((tuple(found) for found in classes.values()), key=len)
-    for split, found in classes.items():
-        if strange := sorted(set(found) - set(names)):
+    found = {split: _class_folders(folder) for split, folder in folders.items()}
+    if classes is None and os.path.isfile(root / CLASSES_FILE):
+        classes = root / CLASSES_FILE
+    if classes is None:
+        names = max((tuple(split) for split in found.values()), key=len)
+        where = "its counterpart"
+    else:
+        names = _class_names(classes, [name for split in found.values() for name in split])
+        where = str(classes) if isinstance(classes, str | Path) else "the classes given"
+    for split, own in found.items():
+        if strange := sorted(set(own) - set(names)):
             raise DataError(
-                f"{folders[split]} has class folders that its counterpart lacks: {', '.join(strange[:3])}; "
-                f"labels would not mean the same in both"
+                f"{folders[split]} has class folders that {where} lacks: {', '.join(strange[:3])}"
+                f"{nearest(strange[0], names)}; labels would not mean the same in both"
             )
     raw = RawData(class_names=names)
-    for split, found in classes.items():
-        paths = [path for name in found for path in found[name]]
-        labels = [names.index(name) for name in found for _ in found[name]]
+    if classes is not None:
+        raw.notes.append(f"labels by the {len(names)} class names of {where}")
+    position = {name: label for label, name in enumerate(names)}
+    for split, own in found.items():
+        paths = [path for name in own for path in own[name]]
+        labels = [position[name] for name in own for _ in own[name]]
         raw.files[split] = (folders[split], paths, np.asarray(labels, dtype=np.int64))
     return raw
+
+
+def _class_names(classes: str | Path | Sequence[str], folders: Sequence[str]) -> tuple[str, ...]:
+    """Return names in the order of their labels, read from a file with one a line if it is a path.
+
+    Where the folders are not named as whole lines are, the lines' first words count: lists of ImageNet's
+    classes have an explanation behind each.
+    """
+    if isinstance(classes, str | Path):
+        try:
+            text = Path(classes).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{classes} is no readable list of classes ({error})") from error
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if not set(folders) <= set(names):
+            first_words = [name.split()[0] for name in names]
+            names = first_words if set(folders) <= set(first_words) else names
+        where = str(classes)
+    else:
+        names, where = [str(name) for name in classes], "the list of classes"
+    if not names:
+        raise DataError(f"{where} is empty; a name for each class is needed, one a line")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{where} has {twice[0]!r} more than once; a class has one label")
+    return tuple(names)
 
 
 def _class_folders(folder: Path) -> dict[str, list[Path]]:
@@ -217,4 +323,13 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
     empty = [name for name, paths in found.items() if not paths]
     if empty:
         raise DataError(f"{folder / empty[0]} has no images")
+    owners: dict[Path, str] = {}
+    for name, paths in found.items():
+        for place in {path.parent.resolve() for path in paths}:
+            other = owners.setdefault(place, name)
+            if other != name:
+                raise DataError(
+                    f"{place} belongs to two classes, {other} and {name}, through links in {folder}; "
+                    "its images cannot have both labels"
+                )
     return found

@@ -1,6 +1,6 @@
 """Convolution and BatchNorm in Q format: 8-bit codes into 32-bit accumulators, on the array.
 
-The integer layers of seed 002, "Batch Normalization: A different perspective from Quantized Inference
+The integer layers of the article "Batch Normalization: A different perspective from Quantized Inference
 Model". 8-bit inputs are multiplied by 8-bit weights into 32-bit accumulators; the bias is aligned with them
 and added; the sum is shifted (floor) and saturated to the output's format. `sysmt.quant.fixedpoint` says what
 the article's listings get wrong.

@@ -1,273 +1,35 @@
 """A whole network in Q format on the array, and its SQNR after each stage: input, convolution, BatchNorm.
 
-The simulation model of seed 002, "Batch Normalization: A different perspective from Quantized Inference
+The simulation model of the article "Batch Normalization: A different perspective from Quantized Inference
 Model", with squeezed threads: the noise of the number format and of the array are measured together.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from sysmt.config import ArrayConfig, parse_count, parse_threads
-from sysmt.errors import CalibrationError, ConfigError, OperandError, UnsupportedLayerError
-from sysmt.hw.kernels import PackedGemm, fingerprint
+from sysmt.errors import CalibrationError, ConfigError, UnsupportedLayerError
 from sysmt.hw.operands import MAX_K
-from sysmt.hw.stats import GemmStats
 from sysmt.nn.array.lowering import LayerGeometry
-from sysmt.nn.batchnorm.recalibration import load_statistics, save_statistics
-from sysmt.nn.low_bit.integer_layers import (
-    accumulate,
-    add_bias,
-    pack,
-    parse_rounding,
-    requantize,
-    scale_and_shift,
-)
-from sysmt.nn.passes import evaluation_mode, image_batches
-from sysmt.quant.error import sqnr_db_from_energies
-from sysmt.quant.fixedpoint import QFormat, align_bias
+from sysmt.nn.array.stand_in import patched_forward
+from sysmt.nn.batchnorm.statistics import load_statistics, save_statistics
+from sysmt.nn.low_bit.integer_layers import parse_rounding
+from sysmt.nn.low_bit.integer_stages import QBatchNorm, QConv, QLayer
+from sysmt.nn.passes import check_loader, evaluation_mode, image_batches, input_batch
 
-__all__ = ["QNetwork", "StageError"]
+__all__ = ["QNetwork"]
 
 OPERAND_BITS = 8
 """The array's operands have 8 bits; formats of fewer use a part of them."""
-
-
-class StageError:
-    """How far a stage's quantised output is from the float one, channel by channel; adds up over batches."""
-
-    def __init__(self) -> None:
-        self.values = 0
-        """Values per channel."""
-        self._sums = np.zeros((0, 0))
-        """Per channel: signal, quantised, signal squared, error squared."""
-
-    def add(self, signal: Tensor, quantized: Tensor) -> None:
-        """Compare a batch (B, C, ...) of outputs."""
-        s, q = (x.detach().transpose(0, 1).flatten(1).double() for x in (signal, quantized))
-        sums = torch.stack([s.sum(1), q.sum(1), s.square().sum(1), (q - s).square().sum(1)]).numpy()
-        self._sums = self._sums + sums if self.values else sums
-        self.values += s.shape[1]
-
-    @property
-    def sqnr_db(self) -> float:
-        """10 log10 of signal energy over noise energy."""
-        return sqnr_db_from_energies(float(self._sums[2].sum()), float(self._sums[3].sum()))
-
-    @property
-    def channel_sqnr_db(self) -> float:
-        """The same of a channel around its means, in dB: the median over channels whose signal varies.
-
-        Neither a factor nor an offset per channel changes it, so that an exact BatchNorm leaves it as it is.
-        """
-        s, q, energy, noise = self._sums / max(1, self.values)
-        signal, error = energy - s**2, np.maximum(noise - (q - s) ** 2, 0.0)
-        varies = signal > 1e-12 * energy
-        if not varies.any():
-            return math.nan
-        with np.errstate(divide="ignore"):
-            return float(np.median(10 * np.log10(signal[varies] / error[varies])))
-
-    @property
-    def mean_error(self) -> float:
-        """Mean of quantised minus float, in the signal's unit."""
-        return float((self._sums[1] - self._sums[0]).sum() / max(1, self.values * self._sums.shape[1]))
-
-    def channels(self) -> pd.DataFrame:
-        """Return a row per channel: its mean in float and quantised, and the difference."""
-        s, q = self._sums[:2] / max(1, self.values)
-        return pd.DataFrame({"channel": np.arange(s.size), "float": s, "quantized": q, "difference": q - s})
-
-
-class _QLayer:
-    """Stands in for the `forward` of a layer: observes its ranges, keeps its float output, or runs it."""
-
-    stages: tuple[str, ...] = ()
-
-    def __init__(self, network: QNetwork, name: str, module: nn.Module) -> None:
-        self.network, self.name, self.module = network, name, module
-        self.original_forward = module.forward
-        self.follows = ""
-        self._peaks = [0.0, 0.0]
-        self._reached = False
-        self._references: deque[tuple[Tensor, Tensor]] = deque()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was compared and counted."""
-        self.errors = {stage: StageError() for stage in self.stages}
-        self.stats = GemmStats(())
-
-    def forget(self) -> None:
-        """Forget the ranges."""
-        self._peaks, self._reached, self.follows = [0.0, 0.0], False, ""
-
-    def forget_references(self) -> None:
-        """Drop float outputs that were not compared."""
-        self._references.clear()
-
-    def __call__(self, input: Tensor) -> Tensor:
-        """Run the layer as the network's mode says."""
-        mode = self.network.mode
-        if mode == "run":
-            return self._run(self._checked(input))
-        y: Tensor = self.original_forward(input)
-        if mode == "record":
-            self._references.append((input.clone(), y.clone()))  # what follows may change them in place
-            return y
-        self._reached = True
-        for index, tensor in enumerate((input, y)):
-            if tensor.numel():
-                self._peaks[index] = max(self._peaks[index], float(tensor.abs().max()))
-            if not math.isfinite(self._peaks[index]) or bool(tensor.isnan().any()):
-                raise CalibrationError(f"layer {self.name!r} met NaN or infinity in calibration")
-        self.network.note(self, input, y)
-        return y
-
-    @property
-    def formats(self) -> tuple[QFormat, QFormat]:
-        """Formats of input and output, from their dynamic ranges in calibration."""
-        if not self._reached:
-            raise CalibrationError(
-                f"layer {self.name!r} has no formats; call calibrate() with data that reaches it"
-            )
-        of_input, of_output = (QFormat.of([peak], self.network.bits) for peak in self._peaks)
-        return of_input, of_output
-
-    def _reference(self) -> tuple[Tensor, Tensor] | None:
-        return self._references.popleft() if self._references else None
-
-    def _checked(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or x.device.type != "cpu" or x.ndim != 4:
-            raise UnsupportedLayerError(
-                f"layer {self.name!r} got {x.dtype} of shape {tuple(x.shape)} on {x.device}; "
-                "float32 (B, C, H, W) on the CPU is needed"
-            )
-        return x.detach()
-
-    def _format(self, values: npt.NDArray[Any], what: str) -> QFormat:
-        try:
-            return QFormat.of(values, self.network.bits)
-        except OperandError as error:
-            raise UnsupportedLayerError(f"layer {self.name!r}, {what}: {error}") from None
-
-    def _codes(self, x: Tensor, to: QFormat) -> npt.NDArray[Any]:
-        try:
-            return to.quantize(x.numpy())
-        except OperandError as error:
-            raise UnsupportedLayerError(f"layer {self.name!r}: {error}") from None
-
-    def _run(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class _QConv(_QLayer):
-    stages = ("input", "conv")
-    module: nn.Conv2d
-
-    def __init__(self, network: QNetwork, name: str, module: nn.Conv2d) -> None:
-        super().__init__(network, name, module)
-        self._packed: dict[int, list[PackedGemm]] = {}
-        self._weight_key: object = None
-        self._weight_format = QFormat(0)
-
-    def _run(self, x: Tensor) -> Tensor:
-        if self.module.training:
-            raise UnsupportedLayerError(
-                f"layer {self.name!r} runs in Q format, which gives no gradients; call eval() or detach()"
-            )
-        of_input, of_output = self.formats
-        reference = self._reference()
-        if reference is not None and self.network.isolated:
-            x = reference[0].detach()
-        geometry = LayerGeometry.of(self.module)
-        codes = self._codes(geometry.pad_float(x), of_input)
-        packed = self._pack(geometry)
-        sums, stats = accumulate(codes, packed, geometry, torch.get_num_threads())
-        self.stats += stats
-        fraction = of_input.fraction_bits + self._weight_format.fraction_bits
-        if self.module.bias is not None:
-            bias = self.module.bias.detach().numpy()
-            own = self._format(bias, "bias")
-            sums = add_bias(sums, align_bias(own.quantize(bias), own.fraction_bits, fraction))
-        y = _values(requantize(sums, fraction, of_output, self.network.rounding), of_output)
-        if reference is not None:
-            self.errors["input"].add(reference[0], _values(of_input.quantize(x.numpy()), of_input))
-            self.errors["conv"].add(reference[1], y)
-        return y
-
-    def _pack(self, geometry: LayerGeometry) -> list[PackedGemm]:
-        """Quantise and pack the weights, anew where they or the threads changed."""
-        weight = self.module.weight.detach().contiguous().numpy()
-        key = (fingerprint(weight), weight.shape, geometry)
-        if key != self._weight_key:
-            self._weight_format = self._format(weight, "weight")
-            self._packed.clear()
-            self._weight_key = key
-        config = self.network.config
-        if config.threads not in self._packed:
-            self._packed[config.threads] = pack(self._weight_format.quantize(weight), geometry, config)
-        return self._packed[config.threads]
-
-
-class _QBatchNorm(_QLayer):
-    stages = ("bn", "bn, exact")
-    module: nn.BatchNorm2d
-
-    def _run(self, x: Tensor) -> Tensor:
-        of_input, of_output = self.formats
-        if self.module.training:  # recalibration: normalised in float by the batch, then shifted likewise
-            fine = QFormat(of_output.fraction_bits + 16, 32)
-            codes = self._codes(self.original_forward(x), fine)
-            return _values(requantize(codes, fine.fraction_bits, of_output, self.network.rounding), of_output)
-        scale, bias = self.coefficients()
-        of_scale, of_bias = (QFormat.of(values, self.network.bits) for values in (scale, bias))
-        codes = scale_and_shift(
-            self._codes(x, of_input),
-            of_scale.quantize(scale),
-            of_bias.quantize(bias),
-            formats=(of_input, of_scale, of_output),
-            bias_fraction=of_bias.fraction_bits,
-            rounding=self.network.rounding,
-        )
-        y = _values(codes, of_output)
-        reference = self._reference()
-        if reference is not None:
-            self.errors["bn"].add(reference[1], y)
-            self.errors["bn, exact"].add(reference[1], self.original_forward(x))
-        return y
-
-    def coefficients(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return scale and combined bias (C,) of equation (1.4)."""
-        layer = self.module
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        scale = (layer.running_var.double() + layer.eps).rsqrt()
-        if layer.weight is not None:
-            scale = scale * layer.weight.detach().double()
-        bias = -layer.running_mean.double() * scale
-        if layer.bias is not None:
-            bias = bias + layer.bias.detach().double()
-        if not (scale.isfinite().all() and bias.isfinite().all()):
-            raise UnsupportedLayerError(f"layer {self.name!r} has a scale or bias that is not finite")
-        return scale.numpy(), bias.numpy()
-
-
-def _values(codes: npt.NDArray[Any], of: QFormat) -> Tensor:
-    """Return the values of 8-bit codes, exact in float32."""
-    return torch.from_numpy(np.ldexp(codes.astype(np.float32), -of.fraction_bits))
 
 
 class QNetwork:
@@ -336,18 +98,18 @@ class QNetwork:
         self.mode = "run"
         self.isolated = False
         self._statistics: dict[str, Tensor] = {}
-        self._last: tuple[_QLayer, Tensor] | None = None
+        self._last: tuple[QLayer, Tensor] | None = None
         self.layers = dict(self._wrap(model))
-        if not any(isinstance(layer, _QConv) for layer in self.layers.values()):
+        if not any(isinstance(layer, QConv) for layer in self.layers.values()):
             raise ConfigError(f"{type(model).__name__} has no Conv2d to run in Q format")
         for layer in self.layers.values():
-            layer.module.forward = layer
+            layer.install()
 
-    def _wrap(self, model: nn.Module) -> Iterator[tuple[str, _QLayer]]:
+    def _wrap(self, model: nn.Module) -> Iterator[tuple[str, QLayer]]:
         for name, module in model.named_modules():
             if not isinstance(module, _ConvNd | nn.BatchNorm2d):
                 continue
-            if "forward" in vars(module):
+            if patched_forward(module) is not None:
                 raise ConfigError(
                     f"layer {name!r} has its forward replaced, as by an attached simulator; detach first"
                 )
@@ -360,7 +122,7 @@ class QNetwork:
                     raise ConfigError(
                         f"BatchNorm layer {name!r} keeps no running statistics; inference needs them"
                     )
-                yield name, _QBatchNorm(self, name, module)
+                yield name, QBatchNorm(self, name, module)
                 continue
             own = [
                 method
@@ -376,7 +138,7 @@ class QNetwork:
                 raise UnsupportedLayerError(
                     f"layer {name!r} has K={k}, which could overflow a 32-bit accumulator; at most {MAX_K}"
                 )
-            yield name, _QConv(self, name, module)
+            yield name, QConv(self, name, module)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -391,12 +153,11 @@ class QNetwork:
     def detach(self) -> None:
         """Give the layers their own forward back; statistics that were recalibrated meanwhile stay."""
         for layer in self.layers.values():
-            if vars(layer.module).get("forward") is layer:
-                del layer.module.forward
+            layer.remove()
 
-    def note(self, layer: _QLayer, x: Tensor, y: Tensor) -> None:
+    def note(self, layer: QLayer, x: Tensor, y: Tensor) -> None:
         """Remember which convolution a BatchNorm follows directly."""
-        if isinstance(layer, _QConv):
+        if isinstance(layer, QConv):
             self._last = (layer, y)
         elif self._last is not None and x is self._last[1]:
             layer.follows = self._last[0].name
@@ -462,15 +223,16 @@ class QNetwork:
         DataFrame
             As `report`.
         """
-        if not self._statistics and any(isinstance(layer, _QBatchNorm) for layer in self.layers.values()):
+        if not self._statistics and any(isinstance(layer, QBatchNorm) for layer in self.layers.values()):
             raise CalibrationError("the network is not calibrated; call calibrate() first")
+        check_loader(loader, CalibrationError)
         self.reset()
         now = save_statistics(self.model)
         self.isolated = isolated
         try:
             with evaluation_mode(self.model):
                 for item in loader:
-                    batch = item[0] if isinstance(item, list | tuple) else item
+                    batch = input_batch(item, CalibrationError)
                     self.mode = "record"
                     load_statistics(self.model, self._statistics)
                     self.model(batch)

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from sysmt.config import parse_count, parse_layer_names
 from sysmt.errors import ConfigError, OperandError, nearest
-from sysmt.nn.batchnorm.recalibration import named_batchnorms
+from sysmt.nn.batchnorm.statistics import named_batchnorms
 from sysmt.nn.low_bit.packed_activations import Packing, affine, in_memory_order, note_recipe, pack_values
 from sysmt.quant.logscale import GRADIENT_FORMAT, approximate, parse_format
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import urllib.error
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from sysmt.archives import check_archive
 from sysmt.errors import ConfigError, OutputError, WeightsError, nearest
 from sysmt.files import written_whole
 
@@ -26,10 +30,16 @@ __all__ = [
     "resolve_weights",
     "save_weights",
     "weights_hash",
+    "without_prefix",
 ]
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
-"""Keys under which training scripts keep the state_dict."""
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "model_ema", "state_dict_ema", "ema")
+"""Keys under which training scripts keep the state_dict; the first of them that is there counts."""
+
+_SUBMODULES = ("model.", "net.", "network.")
+"""Names under which a training's own module holds the network, as Lightning's do."""
+
+_SAFETENSORS = ".safetensors"
 
 _AUXILIARY = re.compile(r"(aux1|aux2|AuxLogits)\.")
 """Training-time classifiers of GoogLeNet and Inception-v3, which evaluation does not run."""
@@ -49,11 +59,13 @@ def read_torch_file(path: str | Path) -> Any:
         If the file is missing, damaged, or holds other Python objects (which could run code).
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's own, this takes names of any length
         raise WeightsError(
-            f"{path} is {'a directory' if path.is_dir() else 'missing'}; a checkpoint file is needed"
+            f"{path} is {'a directory' if os.path.isdir(path) else 'missing'}; a checkpoint file is needed"
         )
     try:
+        if zipfile.is_zipfile(path):  # torch's older format has no checksums
+            check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -68,13 +80,15 @@ def read_torch_file(path: str | Path) -> Any:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint into a plain state_dict.
 
-    Understood are a state_dict, one kept under ``"state_dict"``, ``"model"``, ``"model_state_dict"``
-    or ``"net"``, a common ``"module."`` prefix, half precision (floating-point values become
-    float32), and masks of `torch.nn.utils.prune` (multiplied into their weights).
+    Understood are a state_dict, one kept under ``"state_dict"``, ``"model"``, ``"model_state_dict"``,
+    ``"net"``, ``"model_ema"``, ``"state_dict_ema"`` or ``"ema"``, what DataParallel, AveragedModel
+    (``module.``) and `torch.compile` (``_orig_mod.``) put before names, half precision (floating-point
+    values become float32), and masks of `torch.nn.utils.prune` (multiplied into their weights).
 
     Parameters
     ----------
     path : str or Path
+        Of torch, or ``.safetensors`` (which needs the package of that name).
 
     Returns
     -------
@@ -86,11 +100,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     WeightsError
         If the file is missing, damaged, or no checkpoint.
     """
-    content = read_torch_file(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    content = _read_safetensors(path) if str(path).endswith(_SAFETENSORS) else read_torch_file(path)
+    while isinstance(content, Mapping):  # wrappers may lie in wrappers
+        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if wrapper is None:
             break
+        content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(
             f"{path} holds a {type(content).__name__}; a state_dict with tensors by name is needed"
@@ -102,15 +117,51 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} is no state_dict: entry {wrong!r} is a {type(content[wrong]).__name__}, not a tensor; "
             f"a state_dict may also be kept under one of {known}"
         )
-    state = {str(key): value for key, value in content.items()}
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {str(key).replace("_orig_mod.", ""): value for key, value in content.items()}
+    if all(key.startswith("module.") or key == "n_averaged" for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
+    for key, value in state.items():
+        if value.is_meta:
+            raise WeightsError(f"{path} has {key!r} on the meta device: it was saved without values")
+        if value.layout is not torch.strided:
+            state[key] = value.to_dense()
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     state = _apply_masks(state)
     for key, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise WeightsError(f"{path} has values in {key!r} that are infinite or no numbers")
     return state
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of safetensors onto the CPU."""
+    if not os.path.isfile(path):
+        raise WeightsError(f"{path} is missing; a checkpoint file is needed")
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise WeightsError(f"{path} needs the package safetensors: pip install safetensors") from error
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        raise WeightsError(f"{path} is damaged or no safetensors file ({error})") from error
+
+
+def without_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Return the weights of the network inside a training's own module, under the names that it gives them.
+
+    Parameters
+    ----------
+    state : mapping
+        As `read_weights` returns it, such as Lightning's: ``model.conv1.weight`` beside metrics' own.
+    expected : collection of str
+        Some names of the network. Nothing changes if the state has one of them already.
+    """
+    for prefix in _SUBMODULES:
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if not any(key in state for key in expected) and any(key in inner for key in expected):
+            return inner
+    return dict(state)
 
 
 def _apply_masks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,9 +201,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Load what `read_weights` returned; `path` is for messages. See `load_weights`."""
-    state = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
     masked = model.state_dict()
     own = _apply_masks(masked)
+    state = without_prefix(state, own)
+    state = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
     if not any(_AUXILIARY.match(key) for key in own):
         state = {key: value for key, value in state.items() if not _AUXILIARY.match(key)}
     counts = {key for key in own if key.endswith("num_batches_tracked")}
@@ -230,29 +282,47 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def weights_hash(model: nn.Module, part: Literal["parameters", "buffers"] = "parameters") -> str:
-    """Hash names, dtypes, shapes and bytes of a network's parameters, or of its buffers.
+    """Hash names, dtypes, shapes and bytes of a network's weights, or of its BatchNorm statistics.
 
-    A calibration belongs to the parameters: recalibrated BatchNorm statistics are buffers and leave
-    that hash as it is. Masks of `torch.nn.utils.prune` count as part of the weights.
+    A calibration belongs to the weights: recalibrated BatchNorm statistics leave that hash as it is. All
+    else in the `state_dict` counts as weights, whatever it is called: parameters that a weight is computed
+    from, and buffers that are no statistics. Masks of `torch.nn.utils.prune` are multiplied in.
 
     Parameters
     ----------
     model : nn.Module
     part : {"parameters", "buffers"}
+        Weights, or statistics.
 
     Returns
     -------
     str
         SHA-256, 64 hexadecimal digits.
+
+    Raises
+    ------
+    WeightsError
+        If values are on the meta device: there is nothing to hash.
     """
     if part not in ("parameters", "buffers"):
         raise ConfigError(f"part={part!r} is unknown; allowed: parameters, buffers")
-    state = _apply_masks(model.state_dict())
-    parameters = {name.removesuffix("_orig") for name, _ in model.named_parameters(remove_duplicate=False)}
+    statistics = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _NormBase)
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    state = model.state_dict()
+    plain = _apply_masks({name: value for name, value in state.items() if isinstance(value, Tensor)})
     digest = hashlib.sha256()
-    for name in sorted(state):
-        if (name in parameters) == (part == "parameters"):
-            value = state[name].detach().cpu().contiguous()
+    for name in sorted(plain):
+        if (name in statistics) == (part == "buffers"):
+            value = plain[name].detach()
+            if value.is_meta:
+                raise WeightsError(
+                    f"{name} of {type(model).__name__} is on the meta device: it has no values"
+                )
+            value = (value.to_dense() if value.layout is not torch.strided else value).cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

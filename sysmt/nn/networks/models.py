@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from sysmt.config import parse_count
 from sysmt.errors import ConfigError, WeightsError, nearest
-from sysmt.nn.networks.checkpoints import load_state, read_weights, resolve_weights
+from sysmt.nn.networks.checkpoints import load_state, read_weights, resolve_weights, without_prefix
+from sysmt.nn.own_code import call_own, is_own_code
 
 __all__ = [
     "MobileNetV1",
@@ -29,6 +30,7 @@ __all__ = [
 
 _SMALL_RESNETS = {
     "digits": ((1, 1, 1), 8),
+    "digits32": ((1, 1, 1), 4),
     "resnet20": ((3, 3, 3), 16),
     "resnet32": ((5, 5, 5), 16),
     "resnet44": ((7, 7, 7), 16),
@@ -36,6 +38,8 @@ _SMALL_RESNETS = {
     "resnet110": ((18, 18, 18), 16),
 }
 """Blocks of the three stages, and channels of the first one (CIFAR: arXiv 1512.03385, section 4.2)."""
+
+_TIMM = "timm:"
 
 _FOR_SMALL_IMAGES = (*_SMALL_RESNETS, "vgg7", "mobilenet_v1_cifar")
 
@@ -223,12 +227,14 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     Parameters
     ----------
     name : str
-        One of `model_names`.
+        One of `model_names`; ``"timm:NAME"``; or a function of your own, ``"path/to/net.py:build"`` or
+        ``"package.module:factory"``, which is called (so its code runs) with `num_classes` and `in_channels`
+        if it takes them.
     num_classes : int, optional
         Logits; by default 10 for the small networks and 1000 for the others.
     in_channels : int, optional
-        Image channels; by default 1 for ``"digits"`` and 3 for the others. Only networks for small
-        images can be built for another number.
+        Image channels; by default 1 for ``"digits"`` and ``"digits32"``, and 3 for the others. Only networks
+        for small images can be built for another number.
 
     Returns
     -------
@@ -240,14 +246,16 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     Raises
     ------
     ConfigError
-        If the name is unknown, or a number is impossible.
+        If the name is unknown, a number is impossible, or your own code raises or gives no network.
     """
     if num_classes is not None:
         num_classes = parse_count(num_classes, "num_classes")
     if in_channels is not None:
         in_channels = parse_count(in_channels, "in_channels")
+    if _is_foreign(name):
+        return _foreign_model(name, num_classes, in_channels)
     if name in _SMALL_RESNETS:
-        channels = in_channels or (1 if name == "digits" else 3)
+        channels = in_channels or (1 if name in ("digits", "digits32") else 3)
         blocks, width = _SMALL_RESNETS[name]
         return SmallResNet(blocks, num_classes or 10, channels, width).eval()
     if name == "vgg7":
@@ -257,7 +265,8 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     if name not in model_names():
         raise ConfigError(
             f"model {name!r} is unknown{nearest(str(name), model_names())}; "
-            f"known: {', '.join(_FOR_SMALL_IMAGES)}, mobilenet_v1, and torchvision's classification networks"
+            f"known: {', '.join(_FOR_SMALL_IMAGES)}, mobilenet_v1, torchvision's classification networks, "
+            "timm:NAME, and your own as path/to/net.py:build or package.module:factory"
         )
     if in_channels not in (None, 3):
         raise ConfigError(
@@ -266,6 +275,47 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     if name == "mobilenet_v1":
         return MobileNetV1(num_classes or 1000).eval()
     return _torchvision_model(name, num_classes or 1000)
+
+
+def _is_foreign(name: str) -> bool:
+    return name.startswith(_TIMM) or is_own_code(name)
+
+
+def _foreign_model(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
+    """Build one of timm's networks, or what the user's own code gives."""
+    if name.startswith(_TIMM):
+        import sysmt.nn.torchvision_import  # noqa: F401  (timm's import of torchvision may need its remedy)
+
+        try:
+            import timm
+        except ImportError as error:
+            raise ConfigError(f"model {name!r} needs the package timm: pip install timm") from error
+        wanted = name.removeprefix(_TIMM)
+        if not timm.is_model(wanted):
+            raise ConfigError(f"timm has no model {wanted!r}{nearest(wanted, timm.list_models())}")
+        model = timm.create_model(wanted, num_classes=num_classes, in_chans=in_channels)
+    else:
+        model = call_own(name, num_classes=num_classes, in_channels=in_channels)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name} gave a {type(model).__name__}; a torch.nn.Module is needed")
+    return model.eval()
+
+
+def _load_foreign(name: str, state: Mapping[str, Tensor], path: Path, num_classes: int | None) -> nn.Module:
+    """Build a network of other code with as many classes as the weights have, and load them."""
+    model = build_model(name, num_classes)
+    state = without_prefix(state, model.state_dict())
+    layers = [key for key, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    own, found = (
+        (weights[f"{layers[-1]}.weight"] if layers and f"{layers[-1]}.weight" in weights else None)
+        for weights in (model.state_dict(), state)
+    )
+    if own is not None and found is not None and own.shape[0] != found.shape[0]:
+        if num_classes is not None:
+            raise WeightsError(f"{path} has {found.shape[0]} classes, not num_classes={num_classes}")
+        model = build_model(name, int(found.shape[0]))
+    load_state(model, state, path)
+    return model
 
 
 def _torchvision_model(name: str, num_classes: int) -> nn.Module:
@@ -361,7 +411,7 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
     Parameters
     ----------
     name : str
-        One of `model_names`.
+        What `build_model` takes.
     weights : str or Path, optional
         A checkpoint's path, or ``"torchvision:NAME"`` for one that torchvision publishes. Without
         it the network keeps its fresh weights.
@@ -384,6 +434,9 @@ def load_model(name: str, weights: str | Path | None = None, num_classes: int | 
         return build_model(name, num_classes)
     path = resolve_weights(weights, name)
     state = read_weights(path)
+    if _is_foreign(name):
+        return _load_foreign(name, state, path, num_classes)
+    state = without_prefix(state, [f"{_last_layer(name)}.weight"])
     if f"{_last_layer(name)}.weight" not in state:
         load_state(build_model(name), state, path)  # raises, and names what differs
     found = classes_in_weights(name, state)

@@ -40,13 +40,13 @@ __all__ = [
 
 
 class PruningMethod(StrEnum):
-    """What decides which weights go."""
+    """The criterion by which weights are chosen for pruning."""
 
     MAGNITUDE = "magnitude"
 
 
 class PruningScope(StrEnum):
-    """Among which weights the smallest are looked for."""
+    """Whether the smallest weights are looked for in all layers together or in each layer."""
 
     GLOBAL = "global"
     LAYER = "layer"
@@ -109,7 +109,7 @@ def prune_model(
     sparsity = _parse_sparsity(sparsity, 1 - keep / group if group else None)
     layers = _select_layers(model, exclude, first, linear)
     with torch.no_grad():
-        magnitudes = {name: layer.weight.detach().float().abs() for name, layer in layers.items()}
+        magnitudes = {name: _weight(layer).float().abs() for name, layer in layers.items()}
         if group:
             masks = {name: _pattern_mask(values, keep, group) for name, values in magnitudes.items()}
         elif scope is PruningScope.LAYER:
@@ -261,7 +261,8 @@ def sparsity_report(model: nn.Module) -> pd.DataFrame:
     """
     rows = []
     for name, layer in _layers(model).items():
-        weights, zeros = layer.weight.numel(), int((layer.weight == 0).sum())
+        weight = _weight(layer)
+        weights, zeros = weight.numel(), int((weight == 0).sum())
         masked = int((layer.get_buffer("weight_mask") == 0).sum()) if "weight" in _masked(layer) else 0
         rows.append((name, type(layer).__name__, weights, zeros, zeros / max(1, weights), masked))
     return pd.DataFrame(rows, columns=["name", "kind", "weights", "zeros", "sparsity", "masked"])
@@ -271,6 +272,17 @@ def _layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
     }
+
+
+def _weight(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """Return a layer's weight, masked as its next forward pass will have it.
+
+    The attribute `weight` of a masked layer is what the last forward pass made: of other parameters, if a
+    `state_dict` was loaded or an optimiser stepped since.
+    """
+    if "weight" in _masked(layer):
+        return layer.get_parameter("weight_orig").detach() * layer.get_buffer("weight_mask")
+    return layer.weight.detach()
 
 
 def _select_layers(
@@ -298,7 +310,7 @@ def _select_layers(
     owners: dict[int, str] = {}
     for name, layer in selected.items():
         parameters = dict(layer.named_parameters(recurse=False))
-        weight = parameters.get("weight_orig", parameters.get("weight"))
+        weight = parameters.get("weight_orig" if "weight" in _masked(layer) else "weight")
         if weight is None or nn.parameter.is_lazy(weight):
             raise UnsupportedLayerError(
                 f"the weight of layer {name!r} is parametrised or not initialised yet; "

@@ -1,4 +1,4 @@
-"""The one training loop and the one evaluation."""
+"""The training loop that everything in sysmt shares."""
 
 from __future__ import annotations
 
@@ -7,61 +7,32 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sysmt.config import parse_count
+from sysmt.config import parse_count, parse_number
 from sysmt.errors import ConfigError, DataError, DivergedError, WeightsError
 from sysmt.files import written_whole
 from sysmt.nn.batchnorm.training_statistics import BatchStatistics, batch_statistics, check_statistics
 from sysmt.nn.data.labelled_images import ImageData
 from sysmt.nn.networks.checkpoints import read_torch_file, refresh_masked
-from sysmt.nn.passes import evaluation_mode, kept_modes
+from sysmt.nn.networks.evaluation import (
+    Evaluation,
+    check_labels,
+    device_of,
+    evaluate,
+    labelled_batches,
+    logits_of,
+)
+from sysmt.nn.networks.optimizers import Optimizer, Schedule, make_optimizer, make_scheduler
+from sysmt.nn.passes import kept_modes
 from sysmt.progress import Bar, progress_bar
 
 __all__ = ["Evaluation", "History", "evaluate", "train"]
-
-Optimizer = Literal["sgd", "adamw"]
-Schedule = Literal["onecycle", "cosine", "constant", "step"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """How well a network does on labelled images.
-
-    Attributes
-    ----------
-    top1, top5 : float
-        Share of images whose label is the largest logit, or among the five largest (or among
-        all, where there are fewer), in [0, 1].
-    loss : float
-        Mean cross-entropy, in nats.
-    images : int
-    correct : bool array (images,)
-        Whether each image's largest logit is right, in the loader's order: for paired comparisons.
-    seconds : float
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
-    correct: np.ndarray = dataclasses.field(repr=False, compare=False)
-    seconds: float = dataclasses.field(compare=False)
-
-    def to_record(self) -> dict[str, int | float]:
-        """Return plain values, one per table column."""
-        return {
-            "top1": self.top1,
-            "top5": self.top5,
-            "loss": self.loss,
-            "images": self.images,
-            "seconds": self.seconds,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,61 +60,6 @@ class History:
     def to_records(self) -> list[dict[str, float]]:
         """Return one flat record per epoch."""
         return [dict(record) for record in self.epochs]
-
-
-def evaluate(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    *,
-    progress: bool = True,
-    what: str = "evaluating",
-) -> Evaluation:
-    """Measure accuracy and loss in evaluation mode, which is left again afterwards.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Runs where its parameters are; a simulator attached to it runs too.
-    loader : iterable of (inputs, labels)
-        Such as `sysmt.nn.data.labelled_images.Loader`.
-    progress : bool
-        Show progress on stderr.
-    what : str
-        The progress bar's text.
-
-    Returns
-    -------
-    Evaluation
-
-    Raises
-    ------
-    DataError
-        If there are no images, or labels that the network has no logit for.
-    """
-    device = _device_of(model)
-    correct: list[Tensor] = []
-    top5 = 0
-    loss = 0.0
-    start = time.perf_counter()
-    with (
-        evaluation_mode(model),
-        torch.inference_mode(),
-        progress_bar(what, getattr(loader, "images", None), enabled=progress) as bar,
-    ):
-        for inputs, labels in loader:
-            logits = model(inputs.to(device)).float().cpu()
-            _check_labels(logits, labels, loader)
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            correct.append(logits.argmax(dim=1) == labels)
-            largest = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            top5 += int((largest == labels[:, None]).any(dim=1).sum())
-            bar.advance(len(labels))
-    if not correct:
-        raise DataError("the loader gave no images; there is nothing to evaluate")
-    hits = torch.cat(correct).numpy()
-    images = len(hits)
-    seconds = time.perf_counter() - start
-    return Evaluation(float(hits.mean()), top5 / images, loss / images, images, hits, seconds)
 
 
 def train(
@@ -240,13 +156,8 @@ def train(
     """
     numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     numbers |= {"label_smoothing": label_smoothing}
-    for name, number in numbers.items():
-        try:
-            numbers[name] = float(number)  # a checkpoint holds Python's numbers, not numpy's
-        except (TypeError, ValueError):
-            raise ConfigError(f"{name}={number!r} must be a number") from None
-        if not math.isfinite(numbers[name]):
-            raise ConfigError(f"{name}={number!r} must be finite")
+    for name, number in numbers.items():  # a checkpoint holds Python's numbers, not numpy's
+        numbers[name] = parse_number(number, name, "a finite number")
     recipe: dict[str, Any] = {
         "epochs": parse_count(epochs, "epochs", minimum=0), "optimizer": optimizer, "schedule": schedule,
         "batch_size": parse_count(batch_size, "batch_size"), "augment": bool(augment),
@@ -262,7 +173,7 @@ def train(
         recipe["test_every"] = parse_count(test_every, "test_every")
         if test is None:
             raise ConfigError(f"test_every={test_every} is without use: there is no test")
-    home = _device_of(model)
+    home = device_of(model)
     contiguous = [tensor for tensor in _weights_4d(model) if tensor.is_contiguous()]
     device = _parse_device(device)
     try:
@@ -307,11 +218,11 @@ class _Run:
         if not isinstance(first, Sized):
             raise ConfigError(f"{type(first).__name__} has no length; training must know the steps per epoch")
         self.images: int = getattr(first, "images", 0)
-        self.optimizer = _make_optimizer(model, recipe)
+        self.optimizer = make_optimizer(model, recipe)
         lone = self.images > recipe["batch_size"] > 1 and self.images % recipe["batch_size"] == 1
         self.steps_per_epoch = len(first) - lone  # `epoch` leaves a lone last image out
         steps = max(1, self.steps_per_epoch * recipe["epochs"])
-        self.scheduler = _make_scheduler(self.optimizer, recipe, steps)
+        self.scheduler = make_scheduler(self.optimizer, recipe, steps)
         if checkpoint is not None:
             if isinstance(data, ImageData):
                 self.recipe["data"] = data.fingerprint()
@@ -333,13 +244,13 @@ class _Run:
 
     def epoch(self, epoch: int, after_step: Callable[[int], None] | None, bar: Bar) -> dict[str, float]:
         """Learn each batch once and return the epoch's record."""
-        device = _device_of(self.model)
+        device = device_of(self.model)
         loader = self._loader(epoch)
         seen = hits = largest = 0
         total_loss = 0.0
         start = time.perf_counter()
         self.model.train()
-        for inputs, labels in loader:
+        for inputs, labels in labelled_batches(loader):
             if len(labels) == 1 and largest > 1:
                 continue  # a last batch of one image has no variance for BatchNorm to learn from
             if not len(labels):
@@ -347,7 +258,7 @@ class _Run:
             largest = max(largest, len(labels))
             self._freeze()
             logits = self._forward(inputs.to(device))
-            _check_labels(logits, labels, loader)
+            check_labels(logits, labels, loader)
             labels = labels.to(device)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe["label_smoothing"])
             self.optimizer.zero_grad()
@@ -384,15 +295,14 @@ class _Run:
 
     def _forward(self, inputs: Tensor) -> Tensor:
         try:
-            logits: Tensor = self.model(inputs)
-        except ValueError as error:
+            return logits_of(self.model, inputs)
+        except DataError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ConfigError(
                 f"a batch of {len(inputs)} gives a BatchNorm layer one value per channel, which has no "
                 "variance; batches must be larger"
             ) from error
-        return logits
 
     def _test(self) -> None:
         """Evaluate, if a test is due after this step."""
@@ -438,57 +348,6 @@ class _Run:
             raise WeightsError(f"{path} is no checkpoint of this network's training ({error})") from error
 
 
-def _make_optimizer(model: nn.Module, recipe: Mapping[str, Any]) -> torch.optim.Optimizer:
-    name, lr, momentum = recipe["optimizer"], recipe["lr"], recipe["momentum"]
-    decay, smoothing = recipe["weight_decay"], recipe["label_smoothing"]
-    if name not in get_args(Optimizer):
-        raise ConfigError(f"optimizer={name!r} is unknown; allowed: {', '.join(get_args(Optimizer))}")
-    if not (lr > 0 and 0 <= momentum < 1 and decay >= 0 and 0 <= smoothing < 1):
-        raise ConfigError(
-            f"lr={lr}, momentum={momentum}, weight_decay={decay}, label_smoothing={smoothing} cannot be: "
-            f"lr must be above 0, weight_decay at least 0, the others in [0, 1)"
-        )
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ConfigError(f"{type(model).__name__} has no parameters to train")
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=decay)
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, nesterov=momentum > 0)
-
-
-def _make_scheduler(
-    optimizer: torch.optim.Optimizer, recipe: Mapping[str, Any], steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    name = recipe["schedule"]
-    if name not in get_args(Schedule):
-        raise ConfigError(f"schedule={name!r} is unknown; allowed: {', '.join(get_args(Schedule))}")
-    schedulers = torch.optim.lr_scheduler
-    if name == "onecycle":
-        return schedulers.OneCycleLR(optimizer, recipe["lr"], total_steps=steps, cycle_momentum=False)
-    if name == "cosine":
-        return schedulers.CosineAnnealingLR(optimizer, T_max=steps)
-    if name == "step":
-        shares = recipe["milestones"]
-        if shares != sorted(set(shares)) or not all(0 < share < 1 for share in shares):
-            raise ConfigError(
-                f"milestones={tuple(shares)} must ascend and lie in (0, 1): shares of the steps"
-            )
-        return schedulers.MultiStepLR(optimizer, [round(share * steps) for share in shares], gamma=0.1)
-    return schedulers.ConstantLR(optimizer, factor=1.0)
-
-
-def _check_labels(logits: Tensor, labels: Tensor, loader: object) -> None:
-    """Refuse labels that the network has no logit for, and classes that it does not share."""
-    classes = logits.shape[1]
-    names = getattr(loader, "class_names", None)
-    if names is not None and len(names) != classes:
-        raise DataError(f"the images have {len(names)} classes, the network {classes}: labels would not fit")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise DataError(
-            f"labels go from {int(labels.min())} to {int(labels.max())}, the network has {classes} classes"
-        )
-
-
 def _weights_4d(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() == 4]
 
@@ -509,10 +368,6 @@ def _parse_device(device: str | torch.device) -> torch.device:
         raise ConfigError(
             f"device={device!r} is not possible here ({reason}); 'auto', 'cpu' or 'cuda'"
         ) from None
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from sysmt.errors import ConfigError
+from sysmt.files import read_csv, read_toml
 from sysmt.study.plots.energy import plot_energy
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, LEAST_SPAN_POINTS, MARKERS, figure
-from sysmt.study.run_directory import read_csv, read_toml
 
 __all__ = ["draw_run", "plot_accuracy", "plot_collisions"]
 
@@ -148,8 +148,10 @@ def draw_run(directory: str | Path, title: str | None = None) -> list[Path]:
     summary = read_csv(
         directory / "summary.csv",
         ("setting", "threads", "recalibrated", "top1", "top1_difference_se", "speedup"),
+        ("threads", "top1", "top1_difference_se", "speedup"),
     )
-    layers = read_csv(directory / "layers.csv", ("setting", "name", "threads", "macs", "collision_rate"))
+    numbers = ("threads", "macs", "collision_rate")
+    layers = read_csv(directory / "layers.csv", ("setting", "name", *numbers), numbers)
     if not (summary["threads"] > 0).any() or not len(layers):
         raise ConfigError(f"{directory} has no setting on the array; there is nothing to plot")
     config = directory / "config.toml"

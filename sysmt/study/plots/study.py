@@ -12,11 +12,11 @@ import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from sysmt.config import THREAD_COUNTS
+from sysmt.config import THREAD_COUNTS, THREADS_OF, RecalibrationMode
 from sysmt.errors import ConfigError
+from sysmt.files import read_csv
 from sysmt.study.pareto import pareto_front
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, MARKERS, figure
-from sysmt.study.run_directory import read_csv
 
 __all__ = [
     "draw_study",
@@ -26,9 +26,6 @@ __all__ = [
     "plot_sensitivities",
     "plot_threads",
 ]
-
-LAYER = "threads of "
-"""As `sysmt.study.store` names the columns; not imported, for plots need no database."""
 
 THREAD_SHADES = ("#f0f0f0", "#9ecae1", "#08519c")
 """For 1, 2, 4 threads: one hue whose lightness falls evenly, so that grey print keeps the order."""
@@ -89,7 +86,7 @@ def _word(key: str, value: Any) -> str:
     if key == "sparsity":
         return f"{100 * value:.0f} % pruned"
     if key == "recalibrate":
-        return "as calibrated" if value == "none" else f"recalibrated ({value})"
+        return "as calibrated" if value == RecalibrationMode.NONE else f"recalibrated ({value})"
     return str(value)
 
 
@@ -103,7 +100,7 @@ def plot_threads(front: pd.DataFrame, path: str | Path, title: str = "") -> None
     path : str or Path
     title : str
     """
-    columns = [name for name in front.columns if name.startswith(LAYER)]
+    columns = [name for name in front.columns if name.startswith(THREADS_OF)]
     rows = front.sort_values("speedup", ascending=False)
     shades = np.searchsorted(THREAD_COUNTS, rows[columns].to_numpy())
     width, height = max(4.5, 2.2 + 0.24 * len(columns)), 1.8 + 0.22 * len(rows)
@@ -116,7 +113,7 @@ def plot_threads(front: pd.DataFrame, path: str | Path, title: str = "") -> None
             vmax=2.5,
             interpolation="none",
         )
-        _layer_names(axes, [name.removeprefix(LAYER) for name in columns])
+        _layer_names(axes, [name.removeprefix(THREADS_OF) for name in columns])
         step = -(-len(rows) // 40)
         labels = [f"{x:.2f}x  {100 * y:.2f} %" for x, y in zip(rows["speedup"], rows["top1"], strict=True)]
         axes.set_yticks(range(0, len(rows), step), labels[::step], fontsize=7)
@@ -206,7 +203,7 @@ def plot_collisions_sparsity(points: pd.DataFrame, path: str | Path, title: str 
     path : str or Path
     title : str
     """
-    columns = [name for name in points.columns if name.startswith(LAYER)]
+    columns = [name for name in points.columns if name.startswith(THREADS_OF)]
     same = points[points[columns].nunique(axis=1) == 1]
     with figure(path, width_in=4.6, height_in=3.4) as (_, axes):
         for index, (threads, group) in enumerate(same.groupby(columns[0])):
@@ -248,7 +245,9 @@ def draw_study(directory: str | Path, title: str = "") -> list[Path]:
         If a plot cannot be written.
     """
     directory = Path(directory)
-    points = read_csv(directory / "points.csv", ("speedup", "top1", "sparsity", "collision_rate"))
+    numbers = ("speedup", "top1", "sparsity", "collision_rate")
+    points = read_csv(directory / "points.csv", numbers, numbers)
+    points = points[points["top1"].notna()]  # without those that were given up
     if not len(points):
         raise ConfigError(f"{directory / 'points.csv'} has no points; there is nothing to plot")
     drawn = [directory / "accuracy_speedup.png"]
@@ -261,10 +260,11 @@ def draw_study(directory: str | Path, title: str = "") -> list[Path]:
         plot_collisions_sparsity(points, drawn[-1], title)
     if (directory / "sensitivities.csv").is_file():
         drawn.append(directory / "sensitivities.png")
-        table = read_csv(directory / "sensitivities.csv", ("layer", "threads", "kl"))
+        table = read_csv(directory / "sensitivities.csv", ("layer", "threads", "kl"), ("threads", "kl"))
         plot_sensitivities(table, drawn[-1], title)
     if (directory / "hypervolume.csv").is_file():
         drawn.append(directory / "hypervolume.png")
-        curves = read_csv(directory / "hypervolume.csv", ("method", "seed", "evaluations", "hypervolume"))
+        columns = ("seed", "evaluations", "hypervolume")
+        curves = read_csv(directory / "hypervolume.csv", ("method", *columns), columns)
         plot_hypervolume(curves, drawn[-1], title)
     return drawn

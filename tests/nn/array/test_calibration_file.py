@@ -86,6 +86,26 @@ def rewrite(path, change):
         ),
         (lambda _, arrays: arrays.pop("statistics/bn1.running_var"), r"bn1\.running_var"),
         (lambda _, arrays: arrays["statistics/bn1.running_var"].fill(-1), "negative variance"),
+        (
+            lambda header, _: header["ranges"]["layer1.0.conv1"].update(signed="false"),
+            "signed='false' must be",
+        ),
+        (
+            lambda header, _: header["ranges"]["layer1.0.conv1"].update(scale="0.5"),
+            "scale='0.5' has type str",
+        ),
+        (lambda header, _: header["ranges"]["layer1.0.conv1"].update(scale=True), "scale=True has type bool"),
+        (lambda header, _: header.update(ranges=[1]), r"its ranges are \[1\], not names with values"),
+        (lambda header, _: header.update(notes=None), "its notes are None"),
+        (lambda header, _: header.update(first_convolution=3), "its first convolution is 3"),
+        (
+            lambda _, arrays: arrays.update({"wide/layer1.0.conv1": np.array([["many"]])}),
+            r"wide/layer1\.0\.conv1 has <U4 values; counts",
+        ),
+        (
+            lambda _, arrays: arrays.update({"statistics/bn1.running_var": np.array(["1"])}),
+            r"statistics/bn1\.running_var has <U1 values",
+        ),
     ],
 )
 def test_damage_is_named_and_changes_nothing(saved, change, message):
@@ -120,3 +140,13 @@ def test_there_must_be_something_to_save_and_a_name_for_it(tmp_path):
         with pytest.raises(ConfigError, match=r"\.npz"):
             save_calibration(sim, tmp_path / "c.bin")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_flipped_bit_is_noticed(saved):
+    path, *_ = saved
+    whole = path.read_bytes()
+    with np.load(path) as content:
+        at = whole.find(content["statistics/bn1.running_var"].tobytes())
+    path.write_bytes(whole[: at + 2] + bytes([whole[at + 2] ^ 1]) + whole[at + 3 :])
+    with sysmt.attach(network()) as sim, pytest.raises(CalibrationError, match="Bad CRC-32.*running_var"):
+        load_calibration(sim, path)

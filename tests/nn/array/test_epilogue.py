@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sysmt
 from sysmt.nn.array import epilogue, fused_blocks
+from sysmt.nn.array.layer import ArrayLayer
 from sysmt.nn.batchnorm.folding import fold_batchnorm
 from sysmt.nn.batchnorm.recalibration import recalibrate_batchnorm
 from sysmt.nn.low_bit.low_precision_batchnorm import convert_batchnorm
@@ -52,14 +53,14 @@ def bits(y: Tensor) -> Tensor:
 def done(monkeypatch):
     """What layers did beyond their convolution, in the order of their runs: (BatchNorm, ReLU)."""
     seen: list[tuple[bool, bool]] = []
-    run = fused_blocks.HookedLayer.__call__
+    run = ArrayLayer.compute
 
-    def spy(self, x, what=epilogue.NOTHING):
-        if self.reason is None and self.observer is None:
+    def spy(self, call, in_float, what=epilogue.NOTHING):
+        if self.observer is None:
             seen.append((what.affine is not None, what.relu))
-        return run(self, x, what)
+        return run(self, call, in_float, what)
 
-    monkeypatch.setattr(fused_blocks.HookedLayer, "__call__", spy)
+    monkeypatch.setattr(ArrayLayer, "compute", spy)
     return seen
 
 
@@ -311,14 +312,18 @@ def test_mismatched_channels_end_in_torchs_own_error():
 
 def test_copies_and_pickles_run_by_themselves():
     model = sequence(norm(), nn.ReLU())
-    attached(model)
+    sim = attached(model)
+    with torch.no_grad():
+        model(images())
+        twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    sim.detach()
     with torch.no_grad():
         expected = model(images())
-        twin = copy.deepcopy(model)
         model[2].bias.fill_(100)
-        assert torch.equal(bits(twin(images())), bits(expected))
-        assert twin[2] is not model[2]
-    assert pickle.dumps(model)
+        for copied in (twin, loaded):
+            assert torch.equal(bits(copied(images())), bits(expected))
+            assert copied[2] is not model[2]
+            attached(copied)  # as any float network
 
 
 @pytest.mark.parametrize("name", fused_blocks.FORWARDS)

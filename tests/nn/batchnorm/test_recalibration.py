@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ import sysmt
 from sysmt.errors import CalibrationError, ConfigError, WeightsError
 from sysmt.nn.batchnorm.folding import fold_batchnorm
 from sysmt.nn.batchnorm.recalibration import load_statistics, recalibrate_batchnorm, save_statistics
+from sysmt.nn.low_bit.low_precision_batchnorm import LowPrecisionBatchNorm2d
 
 MODES = ["ema", "cumulative", "final"]
 
@@ -256,6 +258,91 @@ def test_every_kind_of_batchnorm_is_found() -> None:
         torch.testing.assert_close(layer.running_mean, x.transpose(0, 1).flatten(1).mean(1))
 
 
+class FrozenForward(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+class FrozenTrain(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> "FrozenTrain":
+        for value in self.parameters():
+            value.requires_grad_(False)
+        return super().train(False)
+
+
+class AlwaysTraining(nn.BatchNorm2d):
+    def eval(self) -> "AlwaysTraining":
+        return self
+
+
+class WithActivation(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class NormConstants(nn.Module):
+    """As torchvision's FrozenBatchNorm2d: no BatchNorm of torch, but with statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+SKIPPED = {
+    "without": (lambda: nn.BatchNorm2d(3, track_running_stats=False), "has track_running_stats=False"),
+    "frozen by its forward": (lambda: FrozenForward(3), "is frozen: the forward pass of FrozenForward"),
+    "frozen by its train": (lambda: FrozenTrain(3), "is frozen: its train() leaves it in evaluation mode"),
+    "constants": (NormConstants, "is a NormConstants, whose statistics are no BatchNorm's"),
+    "instance norm": (lambda: nn.InstanceNorm2d(3, track_running_stats=True), "is a InstanceNorm2d, whose"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_what_cannot_gather_is_skipped_with_a_line_in_every_mode(kind: str, mode: str) -> None:
+    build, reason = SKIPPED[kind]
+    model = nn.Sequential(nn.BatchNorm2d(3), build(), nn.BatchNorm2d(3)).eval()
+    before = state(model)
+    gradients = [value.requires_grad for value in model.parameters()]
+    with pytest.warns(UserWarning, match=re.escape(f"layer '1' {reason}")):
+        report = recalibrate_batchnorm(model, batches(4, 4), mode=mode, images=8)
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    assert list(report.skipped) == ["1"]
+    assert report.skipped["1"].startswith(reason)
+    changed = {key for key, value in state(model).items() if not torch.equal(value, before[key])}
+    assert changed == {"0.running_mean", "0.running_var", "2.running_mean", "2.running_var"}
+    assert [value.requires_grad for value in model.parameters()] == gradients
+    assert not any(module.training for module in model.modules())
+    alone = nn.Sequential(build())
+    with pytest.raises(ConfigError, match=re.escape(f"'0' {reason}")):
+        recalibrate_batchnorm(alone, batches(4), mode=mode, images=4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layer", [AlwaysTraining(3), WithActivation(3), LowPrecisionBatchNorm2d(3, "L4")])
+def test_subclasses_that_move_their_statistics_gather(layer: nn.BatchNorm2d, mode: str) -> None:
+    layer.reset_running_stats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = recalibrate_batchnorm(layer, batches(4), mode=mode, momentum=1.0, images=4)
+    assert [row.values for row in report.layers] == [256]
+    x = batches(4)[0].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(layer.running_mean, x.mean(1))
+    torch.testing.assert_close(layer.running_var, x.var(1))
+
+
+def test_networks_that_normalise_every_input_need_no_recalibration() -> None:
+    model = nn.Sequential(nn.GroupNorm(1, 3), nn.Flatten(), nn.LayerNorm(192))
+    message = "no BatchNorm layer.*GroupNorm and LayerNorm layers take mean and variance of every input anew"
+    with pytest.raises(ConfigError, match=message):
+        recalibrate_batchnorm(model, batches(4), images=4)
+
+
 def test_impossible_requests_are_named() -> None:
     model = two_layers()
     cases = [
@@ -264,6 +351,8 @@ def test_impossible_requests_are_named() -> None:
         ({"momentum": 1.5}, "momentum=1.5"),
         ({"momentum": math.nan}, "momentum=nan"),
         ({"momentum": None}, "momentum=None"),
+        ({"momentum": True}, "momentum=True has type bool"),
+        ({"momentum": "0.1"}, "momentum='0.1' has type str"),
         ({"images": 0}, "images=0"),
         ({"images": 2.5}, "images=2.5"),
     ]
@@ -272,7 +361,7 @@ def test_impossible_requests_are_named() -> None:
             recalibrate_batchnorm(model, batches(4), **{"images": 4, **options})
     with pytest.raises(ConfigError, match="Linear has no BatchNorm"):
         recalibrate_batchnorm(nn.Linear(2, 2), batches(4))
-    untracked = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
+    untracked = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, track_running_stats=False))
     with pytest.raises(ConfigError, match="'1' has track_running_stats=False"):
         recalibrate_batchnorm(untracked, batches(4))
     with pytest.raises(ConfigError, match="lazy"):

@@ -1,6 +1,7 @@
 """Data sets: every kind and every way to be wrong, exact augmentation, and loaders that repeat themselves."""
 
 import itertools
+import os
 import pickle
 from pathlib import Path
 
@@ -260,7 +261,7 @@ def test_images_are_scaled_on_request_only(tmp_path: Path) -> None:
     ("spec", "words"),
     [
         ("imagefoldr:x", "did you mean 'imagefolder'"),
-        ("mnist", "allowed: digits, cifar10:DIR"),
+        ("mnist", "allowed: digits, digits32, cifar10:DIR"),
         ("npz", "needs a path"),
         ("npz:/nowhere.npz", "/nowhere.npz is missing"),
         ("imagefolder:/nowhere", "/nowhere is missing"),
@@ -293,6 +294,21 @@ def test_digits() -> None:
     assert x.shape == (596, 1, 16, 16)
     assert torch.equal(x, everything(open_data("digits", seed=5).loader("test"))[0])
     assert data.fingerprint() == open_data("digits").fingerprint()
+
+
+def test_digits32_are_the_same_digits_anywhere_on_a_black_ground() -> None:
+    small, large = open_data("digits"), open_data("digits32")
+    assert [large.images(split) for split in ("train", "test")] == [1201, 596]
+    plain = large.loader("train", shuffle=False)
+    x, labels = everything(plain)
+    assert x.shape == (1201, 1, 32, 32)
+    assert torch.equal(x[:, :, 8:24, 8:24], everything(small.loader("train", shuffle=False))[0])
+    assert bool((x[:, :, :8] == -1).all())  # black, before augmentation
+    moved, same_labels = everything(large.loader("train", shuffle=False, augment=True))
+    assert torch.equal(labels, same_labels)
+    ink = moved.clamp(min=0).sum(dim=(1, 2))  # by column: noise on black stays below 0
+    centre = (ink * torch.arange(32)).sum(dim=1) / ink.sum(dim=1)
+    assert float(centre.max() - centre.min()) > 12  # crops move by 8 pixels to either side
 
 
 # -- image folders -----------------------------------------------------------------------------
@@ -435,3 +451,131 @@ def test_cifar10_python_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         data = open_data(f"cifar10:{where}")
         assert (data.num_classes, data.images("train"), data.images("test")) == (10, 4, 4)
         assert data.preprocessing == preset("cifar")
+
+
+# -- class folders that are some of the network's ------------------------------------------------
+
+
+def subset(root: Path) -> str:
+    """Only dog and owl have images; by position they would be 0 and 1."""
+    for name, shade in (("dog", 10), ("owl", 20)):
+        (root / "val" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (32, 32), (shade + i,) * 3).save(root / "val" / name / f"{i}.png")
+    return f"imagefolder:{root}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cat\ndog\nemu\nowl\n", "cat house cat\ndog a dog\n\nemu an emu\nowl", "cat\tx\ndog\ty\nemu\tz\nowl\tu"],
+)
+def test_labels_come_from_a_file_of_class_names(text: str, tmp_path: Path) -> None:
+    spec = subset(tmp_path / "data")
+    (tmp_path / "names.txt").write_text(text)
+    for data in (
+        open_data(spec, classes=tmp_path / "names.txt"),
+        open_data(spec, classes=["cat", "dog", "emu", "owl"]),
+    ):
+        assert (data.num_classes, data.class_names) == (4, ("cat", "dog", "emu", "owl"))
+        assert everything(data.loader("test"))[1].tolist() == [1, 1, 1, 3, 3, 3]
+        assert "labels by the 4 class names of" in data.notes[0]
+    (tmp_path / "data" / "classes.txt").write_text(text)
+    assert open_data(spec).class_counts("test").tolist() == [0, 3, 0, 3]
+
+
+def test_labels_come_from_the_training_folders_that_have_more_classes(tmp_path: Path) -> None:
+    spec = subset(tmp_path / "some")
+    full = write_folder(tmp_path / "all")
+    data = open_data(spec, train=full)
+    assert data.class_names == CLASSES
+    assert data.class_counts("test").tolist() == [0, 3, 3]
+    assert data.class_counts("train").tolist() == [4, 4, 4]
+    turned = open_data(full, train=spec)  # fewer classes to train with
+    assert turned.class_counts("train").tolist() == [0, 3, 3]
+    ordered = open_data(spec, train=full, classes=["owl", "dog", "cat"])
+    assert ordered.class_counts("test").tolist() == [3, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (
+            ["cat", "dogs", "owl"],
+            r"has class folders that the classes given lacks: dog \(did you mean 'dogs'\?\)",
+        ),
+        (["dog", "owl", "dog"], "has 'dog' more than once"),
+        ([], "is empty; a name for each class"),
+        ("missing.txt", r"missing\.txt is no readable list of classes"),
+    ],
+)
+def test_lists_of_classes_that_do_not_fit_are_refused(classes: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        open_data(subset(tmp_path), classes=classes)
+
+
+def test_classes_are_for_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="classes are for image folders"):
+        open_data(write_npz(tmp_path / "d.npz"), classes=["a"])
+
+
+# -- links, and what is no image ----------------------------------------------------------------
+
+
+def test_a_link_back_into_a_class_folder_counts_no_image_twice(tmp_path: Path) -> None:
+    spec = write_folder(tmp_path)
+    (tmp_path / "val" / "cat" / "deeper").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "val" / "cat" / "deeper" / "a.png")
+    (tmp_path / "val" / "cat" / "a loop").symlink_to(".")
+    (tmp_path / "val" / "cat" / "deeper" / "loop").symlink_to("..")
+    with pytest.warns(UserWarning, match=r"val/cat/a loop leads to .*val/cat, whose images are counted"):
+        data = open_data(spec)
+    assert data.class_counts("test").tolist() == [5, 4, 4]
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed_once(tmp_path: Path) -> None:
+    spec = write_folder(tmp_path / "data")
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "more" / "a.png")
+    (tmp_path / "data" / "val" / "cat" / "more").symlink_to(tmp_path / "more")
+    (tmp_path / "data" / "val" / "dog" / "one.png").symlink_to(tmp_path / "more" / "a.png")
+    assert open_data(spec).class_counts("test").tolist() == [5, 5, 4]
+    (tmp_path / "data" / "val" / "cat" / "again").symlink_to(tmp_path / "more")
+    with pytest.warns(UserWarning, match="whose images are counted already"):
+        assert open_data(spec).class_counts("test").tolist() == [5, 5, 4]
+
+
+def test_a_folder_of_two_classes_is_refused(tmp_path: Path) -> None:
+    spec = write_folder(tmp_path)
+    (tmp_path / "val" / "dog" / "cats").symlink_to(tmp_path / "val" / "cat")
+    with pytest.raises(DataError, match=r"val/cat belongs to two classes, cat and dog, through links"):
+        open_data(spec)
+
+
+def test_pipes_are_no_images_and_links_without_a_target_are_named(tmp_path: Path) -> None:
+    spec = write_folder(tmp_path)
+    os.mkfifo(tmp_path / "val" / "cat" / "pipe.png")
+    (tmp_path / "val" / "cat" / "itself").symlink_to("itself")
+    data = open_data(spec)
+    assert data.class_counts("test").tolist() == [4, 4, 4]
+    (tmp_path / "val" / "dog" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match=r"gone\.png is no readable image"):
+        open_data(spec).loader("test")
+
+
+def test_a_damaged_deflate_stream_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    pixels = (np.random.default_rng(0).random((99, 8, 8, 3)) * 8).astype(
+        np.uint8
+    )  # few values, which deflate codes in few bits
+    np.savez_compressed(path, x_test=pixels, y_test=np.arange(99))
+    content = bytearray(path.read_bytes())
+    content[200:260] = b"\xff" * 60
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"d\.npz is no readable \.npz file of plain arrays \(.*x_test\.npy"):
+        open_data(f"npz:{path}")
+
+
+def test_names_that_are_too_long_are_missing() -> None:
+    for kind in ("npz", "imagefolder", "cifar10"):
+        with pytest.raises(DataError, match="a is missing"):
+            open_data(f"{kind}:{'a' * 300}")

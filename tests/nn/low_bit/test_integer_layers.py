@@ -18,7 +18,8 @@ from sysmt.hw.reference import simulate
 from sysmt.nn.array.lowering import LayerGeometry, im2col
 from sysmt.nn.batchnorm.recalibration import recalibrate_batchnorm
 from sysmt.nn.low_bit.integer_layers import conv2d, scale_and_shift
-from sysmt.nn.low_bit.integer_network import QNetwork, StageError
+from sysmt.nn.low_bit.integer_network import QNetwork
+from sysmt.nn.low_bit.integer_stages import StageError
 from sysmt.nn.networks.models import build_model
 from sysmt.quant.fixedpoint import QFormat
 
@@ -437,7 +438,7 @@ def test_wrong_uses_are_refused():
     with QNetwork(model) as network:
         with pytest.raises(ConfigError, match="detach first"):
             QNetwork(model)
-        with pytest.raises(UnsupportedLayerError, match="forward of its own"):
+        with pytest.raises(ConfigError, match="attached to a simulation or a Q-format network already"):
             sysmt.attach(model)
         with pytest.raises(CalibrationError, match=r"'0' has no formats"):
             model(x)

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from sysmt.nn.networks.checkpoints import (
     save_weights,
     weights_hash,
 )
-from sysmt.nn.networks.models import build_model
+from sysmt.nn.networks.models import build_model, load_model
 
 
 def network(seed: int = 0, classes: int = 4) -> nn.Sequential:
@@ -169,6 +170,86 @@ def test_other_networks_are_refused_and_nothing_is_loaded(tmp_path: Path) -> Non
     assert weights_hash(target) == before
 
 
+def test_one_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    save_weights(network(), path)
+    content = bytearray(path.read_bytes())
+    at = content.find(network()[4].weight.detach().numpy().tobytes())
+    content[at + 3] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(
+        WeightsError, match=r"w\.pt is damaged or no checkpoint; .*Bad CRC-32 for file .*/data/"
+    ):
+        read_weights(path)
+
+
+def test_sparse_weights_become_dense_and_weights_without_values_are_refused(tmp_path: Path) -> None:
+    state = network().state_dict()
+    torch.save(state | {"4.weight": state["4.weight"].to_sparse()}, tmp_path / "sparse.pt")
+    assert torch.equal(read_weights(tmp_path / "sparse.pt")["4.weight"], state["4.weight"])
+    torch.save(state | {"4.weight": torch.empty(4, 3, device="meta")}, tmp_path / "meta.pt")
+    with pytest.raises(WeightsError, match=r"meta\.pt has '4\.weight' on the meta device"):
+        read_weights(tmp_path / "meta.pt")
+
+
+def test_names_that_are_too_long_are_missing() -> None:
+    with pytest.raises(WeightsError, match="a is missing; a checkpoint file is needed"):
+        read_weights("a" * 300)
+
+
+WRAPPED = {
+    "ema beside the model": lambda s: {"model_ema": s, "epoch": 3},
+    "wrappers in wrappers": lambda s: {"model": {"state_dict": s}},
+    "compiled": lambda s: {f"_orig_mod.{key}": value for key, value in s.items()},
+    "compiled in DataParallel": lambda s: {f"module._orig_mod.{key}": value for key, value in s.items()},
+    "averaged": lambda s: (
+        {"n_averaged": torch.tensor(7)} | {f"module.{key}": value for key, value in s.items()}
+    ),
+    "Lightning's": lambda s: {
+        "state_dict": {f"model.{key}": value for key, value in s.items()} | {"accuracy.total": torch.ones(1)},
+        "pytorch-lightning_version": "2.0",
+    },
+    "Lightning's, compiled": lambda s: {"state_dict": {f"net._orig_mod.{key}": v for key, v in s.items()}},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrappers_of_trainings_come_off(kind: str, tmp_path: Path) -> None:
+    source = build_model("digits", 7)
+    torch.save(WRAPPED[kind](source.state_dict()), tmp_path / "w.pt")
+    model = load_model("digits", tmp_path / "w.pt")
+    assert weights_hash(model) == weights_hash(source)
+    target = build_model("digits", 7)
+    load_weights(target, tmp_path / "w.pt")
+    assert weights_hash(target) == weights_hash(source)
+    assert weights_hash(target, "buffers") == weights_hash(source, "buffers")
+
+
+def test_a_network_whose_own_names_start_with_model_keeps_them(tmp_path: Path) -> None:
+    source = nn.ModuleDict({"model": nn.Linear(2, 3)})
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    target = nn.ModuleDict({"model": nn.Linear(2, 3)})
+    load_weights(target, tmp_path / "w.pt")
+    assert weights_hash(target) == weights_hash(source)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    torch_files = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "w.safetensors"
+    torch_files.save_file(network().state_dict(), path)
+    target = network(seed=1)
+    load_weights(target, path)
+    assert weights_hash(target) == weights_hash(network())
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(WeightsError, match=r"w\.safetensors is damaged or no safetensors file"):
+        read_weights(path)
+
+
+def test_missing_safetensors_are_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"w\.safetensors is missing"):
+        read_weights(tmp_path / "w.safetensors")
+
+
 def test_saving_and_metadata(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "w.pt"
     save_weights(network(), path, {"top1": 0.9, "model": "tiny", "stages": [1, 2]})
@@ -200,6 +281,54 @@ def test_hash_sees_masks_as_part_of_the_weights() -> None:
     assert changed != weights
     prune.remove(model[0], "weight")
     assert weights_hash(model) == changed
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        nn.utils.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.25),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_hash_sees_all_that_a_weight_is_computed_from(derive: Callable[[nn.Module], nn.Module]) -> None:
+    model = network()
+    derive(model[4])
+    state = {key: value for key, value in model[4].state_dict(keep_vars=True).items() if key != "bias"}
+    assert state
+    hashes = [weights_hash(model)]
+    for value in state.values():
+        with torch.no_grad():
+            value.flatten()[0] += 0.5
+        hashes.append(weights_hash(model))
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_hash_sees_weights_in_buffers_and_leaves_out_what_is_no_tensor() -> None:
+    class Extra(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(3))
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    model = Extra()
+    before = weights_hash(model), weights_hash(model, "buffers")
+    model.weight[1] = 2
+    assert weights_hash(model) != before[0]
+    assert weights_hash(model, "buffers") == before[1]
+
+
+def test_hash_of_weights_without_values_is_refused() -> None:
+    with pytest.raises(WeightsError, match=r"0\.bias of Sequential is on the meta device"):
+        weights_hash(network().to("meta"))
 
 
 # -- torchvision's published weights, without a network ----------------------------------------

@@ -58,8 +58,8 @@ def test_parameter_counts(name: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("digits", (2, 1, 16, 16)), ("resnet20", (2, 3, 32, 32)), ("mobilenet_v1", (1, 3, 64, 64)),
-     ("googlenet", (1, 3, 64, 64)), ("densenet121", (1, 3, 32, 32)),
+    [("digits", (2, 1, 16, 16)), ("digits32", (2, 1, 32, 32)), ("resnet20", (2, 3, 32, 32)),
+     ("mobilenet_v1", (1, 3, 64, 64)),     ("googlenet", (1, 3, 64, 64)), ("densenet121", (1, 3, 32, 32)),
      ("vgg7", (2, 3, 32, 32)), ("vgg7", (2, 3, 16, 16)), ("mobilenet_v1_cifar", (1, 3, 32, 32))],
 )  # fmt: skip
 def test_logits(name: str, shape: tuple[int, ...]) -> None:

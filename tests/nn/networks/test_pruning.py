@@ -358,3 +358,37 @@ def test_weights_that_one_mask_cannot_hold_are_refused() -> None:
         prune_model(normed, 0.5)
     with pytest.raises(UnsupportedLayerError, match="not initialised"):
         prune_model(nn.LazyConv2d(2, 1), 0.5, first=True)
+
+
+def test_weights_loaded_under_masks_are_pruned_as_if_they_had_been_there() -> None:
+    networks = [build_model("digits") for _ in range(2)]
+    for model in networks:
+        prune_model(model, 0.25)
+    networks[0].load_state_dict(networks[1].state_dict())
+    assert sparsity_report(networks[0]).equals(sparsity_report(networks[1]))
+    reports = [prune_model(model, 0.5) for model in networks]
+    assert reports[0].equals(reports[1])
+    assert round(reports[0]["zeros"].sum() / reports[0]["weights"].iloc[1:-1].sum(), 3) == 0.5
+    assert weights_hash(networks[0]) == weights_hash(networks[1])
+
+
+def test_sparsity_counts_the_masked_weights_after_a_step_of_an_optimiser() -> None:
+    model = network()
+    prune_model(model, 0.5)
+    with torch.no_grad():
+        model[1].weight_orig.fill_(1.0)
+        model[1].weight_mask[0] = 0
+    assert sparsity_report(model).set_index("name").loc["1", "zeros"] == int(
+        (model[1].weight_mask == 0).sum()
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("derive", [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_weights_that_hooks_compute_are_refused_before_anything_is_pruned(derive: object) -> None:
+    model = network()
+    derive(model[2])
+    before = weights_hash(model)
+    with pytest.raises(UnsupportedLayerError, match="'2' is parametrised"):
+        prune_model(model, 0.5)
+    assert weights_hash(model) == before

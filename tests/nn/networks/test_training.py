@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from places import REPOSITORY
 from torch import nn
 from torch.nn.utils import prune
@@ -20,6 +21,7 @@ from sysmt.nn.data.labelled_images import ImageData, open_data
 from sysmt.nn.networks import digits
 from sysmt.nn.networks.checkpoints import weights_hash
 from sysmt.nn.networks.digits import trained_digits
+from sysmt.nn.networks.models import build_model
 from sysmt.nn.networks.training import History, evaluate, train
 
 
@@ -54,6 +56,55 @@ def data(tmp_path: Path) -> ImageData:
 
 
 OPTIONS = {"epochs": 4, "lr": 0.05, "batch_size": 16, "progress": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (
+            network(),
+            (2, 1, 8, 8),
+            r"Sequential does not take images of shape \(1, 8, 8\).*expected input\[2, 1, 8, 8\]",
+        ),
+        (build_model("alexnet", 3), (2, 3, 32, 32), r"AlexNet does not take images of shape \(3, 32, 32\)"),
+        (nn.Flatten(0), (2, 3, 8, 8), r"Flatten gives an output of shape \(384,\) for 2 images; logits"),
+    ],
+)
+def test_images_that_the_network_does_not_take_are_named(
+    model: nn.Module, shape: tuple[int, ...], message: str
+) -> None:
+    batches = [(torch.zeros(shape), torch.zeros(len(torch.zeros(shape)), dtype=torch.long))]
+    with pytest.raises(DataError, match=message):
+        evaluate(model, batches, progress=False)
+    if list(model.parameters()):
+        with pytest.raises(DataError, match=message):
+            train(model, batches, 1, progress=False)
+
+
+def test_errors_of_an_attached_network_pass_through() -> None:
+    model = network()
+    model[0].forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))], progress=False)
+    model[0].forward = lambda x: torch.zeros(1) @ torch.zeros(2)
+    with pytest.raises(RuntimeError, match="size"):
+        evaluate(model, [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))], progress=False)
+
+
+def test_folders_of_some_classes_are_told_to_name_them_all(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    data = open_data(f"imagefolder:{tmp_path}", preprocessing="small")
+    message = (
+        r"2 classes, the network 3.*classes\.txt beside the folders, or open_data\(\.\.\., classes=FILE\)"
+    )
+    with pytest.raises(DataError, match=message):
+        evaluate(network(), data.loader("test"), progress=False)
+    (tmp_path / "classes.txt").write_text("c\nb\na\n")
+    named = open_data(f"imagefolder:{tmp_path}", preprocessing="small")
+    assert evaluate(network(), named.loader("test"), progress=False).images == 2
+    assert next(iter(named.loader("test")))[1].tolist() == [2, 1]
 
 
 # -- evaluation --------------------------------------------------------------------------------
@@ -388,6 +439,22 @@ def test_digits_are_kept_and_made_again_when_damaged(tmp_path: Path, monkeypatch
 def test_digits_reach_their_accuracy(tmp_path: Path) -> None:
     model = trained_digits(tmp_path, progress=False)
     assert evaluate(model, open_data("digits").loader("test"), progress=False).top1 > 0.97
+
+
+@pytest.mark.slow
+def test_digits32_lose_accuracy_at_four_threads_and_recalibration_wins_some_back(tmp_path: Path) -> None:
+    model = trained_digits(tmp_path, name="digits32", progress=False)
+    data = open_data("digits32")
+    training, test = data.loader("train", augment=True), data.loader("test")
+    as_float = evaluate(model, test, progress=False).top1
+    with sysmt.attach(model, sysmt.ArrayConfig(threads=4)) as sim:
+        sim.calibrate(training, images=training.images)
+        squeezed = evaluate(model, test, progress=False).top1
+        sysmt.recalibrate_batchnorm(model, training, images=training.images)
+        recalibrated = evaluate(model, test, progress=False).top1
+    assert as_float > 0.9
+    assert squeezed < as_float - 0.02
+    assert recalibrated > squeezed + 0.005
 
 
 # -- progress ----------------------------------------------------------------------------------
