@@ -178,8 +178,8 @@ def _export(model: str, image_size: int | None, out: Path | None) -> None:
 
 
 def _print_results(results: list[LayerResult], unit: str) -> None:
-    """Print a row for each line of the topology: the channels of a depthwise layer are added up."""
-    from sysmt.scalesim.topology_file import depthwise_name
+    """Print a row for each layer: depthwise channels, groups and images of a batch are added up."""
+    from sysmt.scalesim.topology_file import whole_name
 
     energy_title = "energy\nuJ" if unit == "pj" else f"energy\n{unit}"
     stalls = results[0].memory.bandwidth is not None
@@ -211,10 +211,14 @@ def _print_results(results: list[LayerResult], unit: str) -> None:
             f"{scale * sum(result.total_energy for result in some):,.4g}",
         ]
 
+    def parts(result: LayerResult) -> tuple[str, int, int, int]:
+        layer = result.layer
+        return whole_name(layer.name)[0], layer.m, layer.n, layer.k
+
     rows = []
-    for name, group in itertools.groupby(results, lambda result: depthwise_name(result.layer.name)):
+    for (name, *shape), group in itertools.groupby(results, parts):
         some = list(group)
-        shape = some[0].layer
-        title = name if len(some) == 1 else f"{name} ({len(some)} channels)"
-        rows.append(row(title, [f"{size:,}" for size in (shape.m, shape.n, shape.k)], some))
+        many = f"{name} ({len(some)} {whole_name(some[0].layer.name)[1]})".replace(" )", ")")
+        title = some[0].layer.name if len(some) == 1 else many
+        rows.append(row(title, [f"{size:,}" for size in shape], some))
     print_table(header, [*rows, row("all", ["", "", ""], results)])

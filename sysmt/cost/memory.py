@@ -191,49 +191,157 @@ def _traffic(layer: Layer, config: ArrayConfig, memory: Memory) -> Traffic:
     row_strips = _row_strips(layer, config.rows, memory.ifmap_kib * 512)
     col_strips = _Strips(cols * layer.k, cols * layer.k, layer.n * layer.k <= memory.filter_kib * 512)
     col_strips = col_strips.that_fit(memory.filter_kib * 512)
-    if memory.tile_order is TileOrder.ROWS_OUTER:  # everything (row tiles, column tiles), in order
-        ifmap = row_strips.as_outer(len(cols))
-        weights = col_strips.as_inner(len(rows))
-        outputs = rows[:, None] * cols
-    else:
-        ifmap = row_strips.as_inner(len(cols))
-        weights = col_strips.as_outer(len(rows))
-        outputs = cols[:, None] * rows
-    outputs = outputs.ravel() * memory.output_bytes
-
-    tile_cycles = slot_count(layer.k, config.threads) + config.rows + config.cols - 2
-    tile_cycles += config.rows if config.drain is Drain.SERIAL else 0
     bandwidth = memory.bandwidth or Bandwidth(math.inf, math.inf, math.inf)
-    took = np.full(outputs.size, tile_cycles)
-    took[:-1] = np.maximum(took[:-1], _cycles_for(ifmap[1:], bandwidth.ifmap))
-    took[:-1] = np.maximum(took[:-1], _cycles_for(weights[1:], bandwidth.filter))
-    took[1:] = np.maximum(took[1:], _cycles_for(outputs[:-1], bandwidth.ofmap))
-    starts = np.cumsum(took) - took
+    compute_cycles = slot_count(layer.k, config.threads) + config.rows + config.cols - 2
+    compute_cycles += config.rows if config.drain is Drain.SERIAL else 0
+    by_rows = _Operand(row_strips, rows, bandwidth.ifmap)
+    by_cols = _Operand(col_strips, cols, bandwidth.filter)
+    rows_outer = memory.tile_order is TileOrder.ROWS_OUTER
+    outer, inner = (by_rows, by_cols) if rows_outer else (by_cols, by_rows)
+    sweeps = _Sweeps(outer, inner, bandwidth.ofmap, memory.output_bytes, compute_cycles)
+    ifmap, weights = (sweeps.outer, sweeps.inner) if rows_outer else (sweeps.inner, sweeps.outer)
     drain_end_cycles = config.rows if config.drain is Drain.OVERLAPPED else 0
-
     before = memory.bandwidth or Bandwidth(CALC_READ_BANDWIDTH, CALC_READ_BANDWIDTH, config.cols)
+    last_bytes = int(rows[-1] * cols[-1]) * memory.output_bytes
     return Traffic(
         sram_ifmap_reads=layer.m * layer.k * len(cols),
         sram_filter_reads=layer.n * layer.k * len(rows),
         sram_ofmap_writes=layer.m * layer.n,
-        dram_ifmap_bytes=int(ifmap.sum()),
-        dram_filter_bytes=int(weights.sum()),
-        dram_ofmap_bytes=int(outputs.sum()),
-        compute_cycles=tile_cycles * outputs.size + drain_end_cycles,
-        stall_cycles=int((took - tile_cycles).sum()),
+        dram_ifmap_bytes=ifmap.total,
+        dram_filter_bytes=weights.total,
+        dram_ofmap_bytes=layer.m * layer.n * memory.output_bytes,
+        compute_cycles=compute_cycles * len(rows) * len(cols) + drain_end_cycles,
+        stall_cycles=sweeps.cycles - compute_cycles * len(rows) * len(cols),
         prefetch_cycles=Prefetch(
-            int(_cycles_for(ifmap[:1], before.ifmap)[0]), int(_cycles_for(weights[:1], before.filter)[0])
+            _cycles_for(row_strips.fetched[0], before.ifmap),
+            _cycles_for(col_strips.fetched[0], before.filter),
         ),
-        writeback_cycles=int(_cycles_for(outputs[-1:], before.ofmap)[0]),
+        writeback_cycles=_cycles_for(last_bytes, before.ofmap),
         required=Bandwidth(
-            *(float(moved.max(initial=0)) / tile_cycles for moved in (ifmap[1:], weights[1:], outputs[:-1]))
+            *(most / compute_cycles for most in (ifmap.most, weights.most, sweeps.most_written))
         ),
         sram_peak_words=min(config.threads, layer.k) * int(max(rows[0], cols[0])),
-        first_tile_end=int(took[0]),
-        last_tile_start=int(starts[-1]),
-        ifmap_fetch_end=_fetch_end(ifmap, bandwidth.ifmap, starts, took),
-        filter_fetch_end=_fetch_end(weights, bandwidth.filter, starts, took),
+        first_tile_end=sweeps.tile(0, 0)[1],
+        last_tile_start=sweeps.tile(sweeps.shape[0] - 1, sweeps.shape[1] - 1)[0],
+        ifmap_fetch_end=ifmap.end,
+        filter_fetch_end=weights.end,
     )
+
+
+class _Operand(NamedTuple):
+    """Strips of an operand, how many rows (columns) of outputs each belongs to, and its DRAM bandwidth."""
+
+    strips: _Strips
+    lengths: np.ndarray
+    bandwidth: float
+
+
+class _Fetches(NamedTuple):
+    """Of one operand's interface: bytes in all, the most beside one tile, and the cycle of the last fetch."""
+
+    total: int
+    most: int
+    end: int
+
+
+class _Sweeps:
+    """All tiles in order: for each strip of the outer operand, a sweep over all strips of the inner one.
+
+    Most sweeps are alike. Each kind is worked out once, tile by tile, so that the work grows with the number
+    of strips and not with that of tiles.
+    """
+
+    def __init__(
+        self,
+        outer_operand: _Operand,
+        inner_operand: _Operand,
+        output_bandwidth: float,
+        output_bytes: int,
+        compute_cycles: int,
+    ) -> None:
+        outer, outer_lengths, outer_bandwidth = outer_operand
+        inner, inner_lengths, inner_bandwidth = inner_operand
+        self.shape = sweeps, tiles = len(outer_lengths), len(inner_lengths)
+        again = np.where(outer.fits, 0, outer.footprint)  # fetched once more for each further tile of a sweep
+        numbers = np.arange(sweeps)
+        following = np.append(outer.fetched[1:], 0)
+        kinds, self._kind = np.unique(
+            np.stack(
+                [
+                    again,
+                    following,
+                    outer_lengths,
+                    np.append(0, outer_lengths[:-1]),  # of the sweep before
+                    numbers == 0,
+                    numbers == sweeps - 1,
+                ]
+            ),
+            axis=1,
+            return_inverse=True,
+        )
+        self._kind = self._kind.reshape(-1)
+        first_of_inner = 0 if inner.stays else int(inner.fetched[0])
+        self._took: list[np.ndarray] = []
+        most = [0, 0, 0]
+        for once_more, next_outer, length, length_before, is_first, is_last in kinds.T.tolist():
+            # Beside each tile: what the next one needs, and what the one before has made.
+            beside_outer = np.append(np.full(tiles - 1, once_more), next_outer)
+            beside_inner = np.zeros(tiles, np.int64)
+            if is_first or not inner.stays:
+                beside_inner[:-1] = inner.fetched[1:]
+            beside_inner[-1] = 0 if is_last else first_of_inner
+            written = np.append(length_before * inner_lengths[-1], length * inner_lengths[:-1]) * output_bytes
+            took = np.full(tiles, compute_cycles)
+            moved = (beside_outer, beside_inner, written)
+            for index, bandwidth in enumerate((outer_bandwidth, inner_bandwidth, output_bandwidth)):
+                took = np.maximum(took, np.ceil(moved[index] / bandwidth).astype(np.int64))
+                most[index] = max(most[index], int(moved[index].max()))
+            self._took.append(took)
+        totals = np.array([int(took.sum()) for took in self._took])[self._kind]
+        self._starts = np.cumsum(totals) - totals
+        self.cycles = int(totals.sum())
+        self.most_written = most[2]
+        sweeps_of_inner = 1 if inner.stays else sweeps
+        self.outer = _Fetches(
+            int(outer.fetched.sum()) + (tiles - 1) * int(again.sum()),
+            most[0],
+            self._end(_last_outer(outer.fetched, again, tiles), outer_bandwidth),
+        )
+        self.inner = _Fetches(
+            sweeps_of_inner * int(inner.fetched.sum()),
+            most[1],
+            self._end(_last_inner(inner.fetched, sweeps_of_inner), inner_bandwidth),
+        )
+
+    def tile(self, sweep: int, tile: int) -> tuple[int, int]:
+        """Return the cycle in which a tile starts, and the one after its last."""
+        took = self._took[self._kind[sweep]]
+        start = int(self._starts[sweep]) + int(took[:tile].sum())
+        return start, start + int(took[tile])
+
+    def _end(self, last: tuple[int, int, int], bandwidth: float) -> int:
+        """Return the last cycle of a fetch for a tile; without a limit it takes all of the tile before."""
+        sweep, tile, fetched = last
+        if fetched == 0 or (sweep, tile) == (0, 0):
+            return -1
+        start, end = self.tile(sweep, tile - 1) if tile else self.tile(sweep - 1, self.shape[1] - 1)
+        return (end if math.isinf(bandwidth) else start + _cycles_for(fetched, bandwidth)) - 1
+
+
+def _last_outer(fetched: np.ndarray, again: np.ndarray, tiles: int) -> tuple[int, int, int]:
+    """Return sweep, tile and bytes of the outer operand's last fetch."""
+    any_again = (again > 0) & (tiles > 1)
+    where = np.flatnonzero((fetched > 0) | any_again)
+    if not where.size:
+        return 0, 0, 0
+    sweep = int(where[-1])
+    return (sweep, tiles - 1, int(again[sweep])) if any_again[sweep] else (sweep, 0, int(fetched[sweep]))
+
+
+def _last_inner(fetched: np.ndarray, sweeps: int) -> tuple[int, int, int]:
+    """Return sweep, tile and bytes of the inner operand's last fetch."""
+    where = np.flatnonzero(fetched)
+    return (sweeps - 1, int(where[-1]), int(fetched[where[-1]])) if where.size else (0, 0, 0)
 
 
 def _strip_lengths(total: int, at_once: int) -> np.ndarray:
@@ -243,18 +351,8 @@ def _strip_lengths(total: int, at_once: int) -> np.ndarray:
     return lengths
 
 
-def _cycles_for(moved_bytes: np.ndarray, bandwidth: float) -> np.ndarray:
-    return np.ceil(moved_bytes / bandwidth).astype(np.int64)
-
-
-def _fetch_end(fetched: np.ndarray, bandwidth: float, starts: np.ndarray, took: np.ndarray) -> int:
-    """Last cycle in which an operand is fetched; with unlimited bandwidth it takes the tile's whole time."""
-    later = np.flatnonzero(fetched[1:])
-    if not later.size:
-        return -1
-    beside = int(later[-1])  # the tile that computes meanwhile
-    cycles = took[beside] if math.isinf(bandwidth) else _cycles_for(fetched[beside + 1 :][:1], bandwidth)[0]
-    return int(starts[beside] + cycles) - 1
+def _cycles_for(moved_bytes: float, bandwidth: float) -> int:
+    return math.ceil(float(moved_bytes) / bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,18 +370,6 @@ class _Strips:
 
     def that_fit(self, capacity_bytes: int) -> _Strips:
         return dataclasses.replace(self, fits=self.footprint <= capacity_bytes)
-
-    def as_outer(self, inner: int) -> np.ndarray:
-        """Bytes fetched for each tile when every strip meets `inner` strips of the other operand."""
-        tiles = np.where(self.fits[:, None], 0, self.footprint[:, None]).repeat(inner, axis=1)
-        tiles[:, 0] = self.fetched
-        return tiles.ravel()
-
-    def as_inner(self, sweeps: int) -> np.ndarray:
-        """Bytes fetched for each tile when all strips pass `sweeps` times."""
-        tiles = np.zeros((sweeps, self.fetched.size), np.int64)
-        tiles[: 1 if self.stays else sweeps] = self.fetched
-        return tiles.ravel()
 
 
 def _row_strips(layer: Layer, rows: int, capacity_bytes: int) -> _Strips:

@@ -21,7 +21,7 @@ from sysmt.errors import ConfigError
 from sysmt.hw.operands import MAX_K
 from sysmt.scalesim.text_file import Field, integer, misplaced, read_lines
 
-__all__ = ["DEPTHWISE_MARK", "Topology", "depthwise_name", "read_topology", "topology_csv"]
+__all__ = ["DEPTHWISE_MARK", "Topology", "read_topology", "topology_csv", "whole_name"]
 
 DEPTHWISE_MARK = "DP"
 """A convolution with this in its name is depthwise: SCALE-Sim runs it as one layer per channel."""
@@ -54,6 +54,7 @@ _TITLES = {
     "batchsize": _BATCH,
 }
 _KNOWN = (_NAME, *_CONV, _STRIDE, *_STRIDES, *_OPTIONAL, *_GEMM)
+_PARTS = {"Channel_": "channels", "_group": "groups", "_image": "images"}
 _SEPARATORS = {"\t": "tabs", ";": "semicolons"}
 
 
@@ -302,9 +303,20 @@ def _layers(values: Mapping[str, Field]) -> Iterator[Layer]:
             yield one
 
 
-def depthwise_name(name: str) -> str:
-    """Return the name that a layer has in the file: that of a depthwise channel without its number."""
-    return re.sub(r"Channel_[0-9]+$", "", name) if DEPTHWISE_MARK in name else name
+def whole_name(name: str) -> tuple[str, str]:
+    """Split off what a name says of being one of many: a depthwise channel, a group, or an image of a batch.
+
+    Returns
+    -------
+    (str, str)
+        The name without it, and what there are many of: "channels", "groups", "images", or nothing.
+    """
+    for ending, many in _PARTS.items():
+        if match := re.fullmatch(rf"(.+){ending}[0-9]+", name):
+            if many == "channels" and DEPTHWISE_MARK not in name:
+                continue
+            return whole_name(match[1])[0], many
+    return name, ""
 
 
 def _density(field: Field | None) -> tuple[int, int]:

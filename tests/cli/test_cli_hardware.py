@@ -1,5 +1,6 @@
 """`sysmt topology` and `sysmt trace`, end to end, and networks as topologies."""
 
+import copy
 import csv
 import io
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from places import RECORDED_SCALESIM as DATA
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from vcd.reader import tokenize
 
 import sysmt
 from sysmt.cli import app
 from sysmt.hw.trace import trace_tile
-from sysmt.nn.array.topology_export import export_named, export_topology
-from sysmt.nn.networks.models import build_model
+from sysmt.nn.array.topology_export import export_named, export_topology, input_size
+from sysmt.nn.networks.models import build_model, build_shapes, model_names
 from sysmt.scalesim.topology_file import read_topology
 from sysmt.study.plots.trace import pe_table
 
@@ -206,6 +208,84 @@ def test_export_says_what_the_format_cannot(tmp_path):
         assert word in notes
     with pytest.raises(sysmt.ConfigError, match="nothing to export"):
         export_topology(nn.ReLU(), (3,))
+
+
+class Everything(nn.Module):
+    """Each kind of layer that a forward multiplies in, and products that no module stands for."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 8, 3, stride=2, groups=1)
+        self.row = nn.Conv1d(8, 6, 5, stride=2, groups=2)
+        self.lstm = nn.LSTM(6, 7, batch_first=True)
+        self.attention = nn.MultiheadAttention(7, 1, batch_first=True)
+        self.volume = nn.Conv3d(1, 2, (1, 1, 3))
+        self.weight = nn.Parameter(torch.zeros(4, 8, 2, 2))
+        self.unused = nn.Conv1d(1, 1, 1)
+
+    def forward(self, x):
+        x = self.up(x)  # 8 x 11 x 11
+        pairs = torch.nn.functional.conv2d(x.expand(2, -1, -1, -1), self.weight)
+        x = self.row(x.flatten(2)).transpose(1, 2)  # 121 pixels, 59 outputs
+        x = self.lstm(x)[0]
+        x = self.attention(x, x, x, need_weights=False)[0]
+        y = self.volume(x[None, :, :1])
+        return (x @ x.transpose(1, 2)).sum() + y.sum() + pairs.sum()
+
+
+def test_every_product_is_exported_as_the_gemm_that_it_is(tmp_path):
+    model = Everything()
+    exported = export_topology(model, (3, 5, 5))
+    path = tmp_path / "net.csv"
+    path.write_text(exported.csv)
+    layers = read_topology(path).layers
+    assert [(layer.name, layer.m, layer.n, layer.k) for layer in layers] == [
+        ("up", 5 * 5, 8 * 3 * 3, 3),
+        ("Everything_image0", 10 * 10, 4, 8 * 2 * 2),
+        ("Everything_image1", 10 * 10, 4, 8 * 2 * 2),
+        ("row_group0", 59, 3, 4 * 5),
+        ("row_group1", 59, 3, 4 * 5),
+        ("lstm.weight_ih_l0", 59, 4 * 7, 6),
+        *[("lstm.weight_hh_l0", 1, 4 * 7, 7)] * 59,
+        ("attention.in_proj", 59, 3 * 7, 7),
+        ("attention.QK", 59, 59, 7),
+        ("attention.AV", 59, 7, 59),
+        ("attention.out_proj", 59, 7, 7),
+        ("matmul0", 59, 59, 7),
+    ]
+    assert exported.notes == (
+        "volume: a convolution over three axes cannot be written; 30 MACs are left out",
+        "unused: not reached by the forward, not exported",
+    )
+    assert sum(layer.macs for layer in layers) == exported.macs
+    # Where an attention or an LSTM has a kernel of its own, the counter does not see into it.
+    shapes = copy.deepcopy(model).to("meta")
+    assert exported.macs + exported.left_out_macs == counted_macs(shapes, 3, 5, 5)
+    assert export_topology(shapes, (3, 5, 5)).macs == exported.macs
+
+
+def counted_macs(model, *shape):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, *shape, device=next(model.parameters()).device))
+    return counter.get_total_flops() // 2
+
+
+SOME = ("googlenet", "mobilenet_v2", "regnet_y_400mf", "resnext50_32x4d", "swin_t", "vit_b_16")
+ALL = [
+    pytest.param(name, marks=[] if name in SOME else pytest.mark.slow)
+    for name in model_names()
+    if not name.startswith("digits")
+]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_exported_and_noted_macs_are_the_networks(name, tmp_path):
+    exported = export_named(name)
+    side = input_size(name)
+    assert exported.macs + exported.left_out_macs == counted_macs(build_shapes(name), 3, side, side)
+    assert not any("not reached" in note for note in exported.notes)
+    (tmp_path / "net.csv").write_text(exported.csv)
+    assert sum(layer.macs for layer in read_topology(tmp_path / "net.csv").layers) == exported.macs
 
 
 # -- trace -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sysmt.hw.timing import tile_count
 from sysmt.scalesim.config_file import read_config
 from sysmt.scalesim.reports import REPORTS, smt_report, smt_row
 from sysmt.scalesim.simulate import draw_operands, read_matrix, read_operands, simulate_layer
-from sysmt.scalesim.topology_file import read_topology, topology_csv
+from sysmt.scalesim.topology_file import read_topology, topology_csv, whole_name
 
 
 def simulate(layers, config, memory, table="45nm"):
@@ -604,3 +604,18 @@ def test_reports_keep_their_ranges(threads, drain):
         assert float(row["energy_delay_pj_cycles"]) == pytest.approx(
             result.total_energy * result.traffic.cycles
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "many"),
+    [
+        ("DP_cChannel_12", "DP_c", "channels"),
+        ("cChannel_12", "cChannel_12", ""),
+        ("conv_group3", "conv", "groups"),
+        ("a_image1", "a", "images"),
+        ("DP_a_image1Channel_0", "DP_a", "channels"),
+        ("fc", "fc", ""),
+    ],
+)
+def test_one_of_many_knows_what_it_is_one_of(name, whole, many):
+    assert whole_name(name) == (whole, many)

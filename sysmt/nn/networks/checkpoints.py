@@ -234,7 +234,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) 
                 f"{path} has weights in {key} that the network's mask prunes; make the pruning permanent "
                 "(sysmt.nn.networks.pruning.make_permanent) first, or load into a network without masks"
             )
-    renamed = {key if key in masked else f"{key}_orig": value for key, value in fitting.items()}
+    renamed = model.state_dict()  # with its record of modules' versions, without which MNASNet loads nothing
+    renamed.clear()
+    renamed.update((key if key in masked else f"{key}_orig", value) for key, value in fitting.items())
     model.load_state_dict(renamed, strict=False)
     refresh_masked(model)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sysmt.config import parse_count
 from sysmt.errors import ConfigError, WeightsError, nearest
@@ -20,6 +22,7 @@ __all__ = [
     "SmallResNet",
     "VGG7",
     "build_model",
+    "build_shapes",
     "classes_in_weights",
     "load_model",
     "model_names",
@@ -325,6 +328,43 @@ def _torchvision_model(name: str, num_classes: int) -> nn.Module:
     return model.eval()
 
 
+class _ParametersWithoutValues(TorchFunctionMode):
+    """Puts what parameters are made from on the meta device, and leaves other tensors their values."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs.setdefault("device", "meta")
+        return func(*args, **kwargs)
+
+
+def build_shapes(name: str) -> nn.Module:
+    """Build a network on the meta device: its tensors have shapes, and neither memory nor values.
+
+    Parameters
+    ----------
+    name : str
+        One of `model_names`.
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown.
+    """
+    try:
+        with torch.device("meta"):
+            return build_model(name)
+    except NotImplementedError:  # the constructor reads values that it computed in tensors, as RegNet's does
+        with _ParametersWithoutValues():
+            return build_model(name).to("meta")
+
+
 def classes_in_weights(name: str, state: Mapping[str, Tensor]) -> int:
     """Read the number of classes off the classifier's shape.
 
@@ -360,8 +400,7 @@ def classes_in_weights(name: str, state: Mapping[str, Tensor]) -> int:
 @cache
 def _last_layer(name: str) -> str:
     """Name of the classifier: the last layer with weights, in the order of definition."""
-    with torch.device("meta"):  # shapes only: nothing is allocated or initialised
-        model = build_model(name)
+    model = build_shapes(name)
     layers = [key for key, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     return str(layers[-1])
 

@@ -9,6 +9,7 @@ import torch
 from places import REPOSITORY, SHARED
 from torch import nn
 
+import sysmt
 from sysmt.errors import ConfigError, WeightsError
 from sysmt.nn.data.labelled_images import open_data
 from sysmt.nn.networks.checkpoints import save_weights
@@ -16,11 +17,13 @@ from sysmt.nn.networks.models import (
     VGG7,
     MobileNetV1,
     build_model,
+    build_shapes,
     classes_in_weights,
     load_model,
     model_names,
 )
 from sysmt.nn.networks.training import evaluate
+from sysmt.nn.torchvision_import import torchvision
 
 
 def shared(name: str) -> Path:
@@ -136,6 +139,48 @@ def test_classes_come_from_the_weights(name: str, tmp_path: Path) -> None:
     assert classes_in_weights(name, model.state_dict()) == 13
     with pytest.raises(WeightsError, match="13 classes, not num_classes=10"):
         load_model(name, tmp_path / "w.pt", num_classes=10)
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "resnet20", "vit_b_16"])
+def test_shapes_are_those_of_the_network_and_take_no_memory(name: str) -> None:
+    shapes, model = build_shapes(name), build_model(name)
+    every = (*shapes.parameters(), *shapes.buffers())
+    assert {tensor.device.type for tensor in every} == {"meta"}
+    assert {key: tensor.shape for key, tensor in shapes.state_dict().items()} == {
+        key: tensor.shape for key, tensor in model.state_dict().items()
+    }
+
+
+TORCHVISION = [
+    pytest.param(name, marks=[] if name in ("regnet_x_400mf", "mnasnet0_5") else pytest.mark.slow)
+    for name in model_names()
+    if name in torchvision.models.list_models(module=torchvision.models)
+]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_every_network_runs_with_random_weights_and_loads_a_checkpoint_of_its_own(
+    name: str, tmp_path: Path
+) -> None:
+    shapes = build_shapes(name)
+    assert classes_in_weights(name, shapes.state_dict()) == 1000
+    if sum(parameter.numel() for parameter in shapes.parameters()) > 150e6:
+        pytest.skip("its weights take gigabytes; that its classifier is found holds")
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=2)
+    save_weights(model, tmp_path / "own.pt")
+    loaded = load_model(name, tmp_path / "own.pt")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    side = 224 if name.startswith(("vit", "maxvit", "swin")) else 96
+    images = torch.rand(1, 3, side, side)
+    with torch.no_grad():
+        expected = model(images)
+        with sysmt.attach(loaded, sysmt.ArrayConfig(threads=1), first=True, linear=True) as sim:
+            sim.calibrate([images], images=1)
+            logits = loaded(images)
+            assert sim.cycles > 0
+    assert logits.shape == (1, 2)
+    torch.testing.assert_close(logits, expected, rtol=0.2, atol=0.2 * float(expected.abs().max()) + 1e-3)
 
 
 def test_channels_come_from_the_weights(tmp_path: Path) -> None:
