@@ -1,4 +1,8 @@
-"""Progress of long work: bars with rate and time left on a terminal, a line now and then elsewhere."""
+"""Progress of long work: bars with rate and time left on a terminal, a line now and then elsewhere.
+
+The bars are rich's. The lines are ours: without a terminal rich shows nothing before the end, and tqdm writes
+carriage returns, of which a log keeps one endless line.
+"""
 
 from __future__ import annotations
 

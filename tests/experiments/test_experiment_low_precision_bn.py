@@ -176,7 +176,7 @@ def test_pre_activated_resnet_20_has_as_many_weights_as_resnet_20():
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_the_fully_connected_network_is_cromulent_too():
+def test_the_fully_connected_network_keeps_fewer_bytes_as_well():
     model = low_precision_bn_networks.fully_connected(192, 64, 10)
     x = torch.from_numpy(np.random.default_rng(0).random((50, 3, 8, 8), np.float32))
     plain = saved_bytes(model, x)
