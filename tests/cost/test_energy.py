@@ -339,3 +339,35 @@ def test_energy_against_accuracy_is_drawn(tmp_path, column):
     with pytest.raises(ConfigError, match="has no energy"):
         plot_energy(points.drop(columns=column), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_bandwidth_puts_stalls_into_the_cycles_of_a_report():
+    """A layer that the memory holds up: threads make the array faster, and the layer hardly."""
+    import torch
+
+    from sysmt.nn.array.layer_energy import layer_of
+    from sysmt.nn.array.lowering import LayerGeometry
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3), torch.nn.Conv2d(64, 64, 3)).eval()
+    x = torch.rand(2, 64, 12, 12)
+    memory = Memory(bandwidth=(1, 1, 1))
+    with sysmt.attach(net, sysmt.ArrayConfig(threads=4)) as sim:
+        sim.calibrate([x], 2)
+        net(x)
+        plain, slow = sim.report(), sim.report(memory=memory)
+    assert "stall_cycles" not in plain
+    assert slow["compute_cycles"].tolist() == plain["cycles"].tolist()
+    assert slow["speedup_compute_cycles"].tolist() == plain["speedup_cycles"].tolist()
+    shape = layer_of("", LayerGeometry.of(net[1]), (8, 8))
+    waits = [
+        2 * layer_traffic(shape, sysmt.ArrayConfig(threads=threads), memory).stall_cycles
+        for threads in (1, 4)
+    ]
+    assert slow["stall_cycles"][1] == waits[1] > waits[0]
+    assert slow["cycles"][1] == plain["cycles"][1] + waits[1]
+    cycles = slow["cycles"][1]
+    single = plain["speedup_cycles"][1] * plain["cycles"][1]
+    assert slow["speedup_cycles"][1] == pytest.approx((single + waits[0]) / cycles)
+    assert slow["speedup_cycles"][1] < 1.5 < plain["speedup_cycles"][1]
+    assert slow["speedup_cycles"][0] == 1.0  # in float: as at T = 1

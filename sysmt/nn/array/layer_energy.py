@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from sysmt.cost.energy import EnergyTable, load_table
 from sysmt.cost.events import EventCounts, count_events
 from sysmt.cost.layer_shape import Layer
-from sysmt.cost.memory import Memory
+from sysmt.cost.memory import Memory, layer_traffic
 from sysmt.nn.array.layer import ArrayLayer
 from sysmt.nn.array.lowering import LayerGeometry
 
-__all__ = ["energy_facts", "layer_energy", "layer_events", "layer_of"]
+__all__ = ["energy_facts", "layer_energy", "layer_events", "layer_of", "layer_stalls"]
 
 
 def layer_of(name: str, geometry: LayerGeometry, out_size: tuple[int, int]) -> Layer:
@@ -51,6 +51,18 @@ def layer_events(layer: ArrayLayer, memory: Memory) -> EventCounts:
             shape = layer_of("", geometry, out_size)
             gemms[shape] = gemms.get(shape, 0) + images * geometry.groups
     return count_events(layer.counts.stats, gemms, layer.settings.array(layer.threads), memory)
+
+
+def layer_stalls(layer: ArrayLayer, memory: Memory, threads: int) -> int:
+    """Return the cycles for which the array would have waited for DRAM, with that many threads."""
+    config = layer.settings.array(threads)
+    return sum(
+        images
+        * geometry.groups
+        * layer_traffic(layer_of("", geometry, out_size), config, memory).stall_cycles
+        for (geometry, out_size), images in layer.counts.sizes.items()
+        if 0 not in out_size and images
+    )
 
 
 def layer_energy(layer: ArrayLayer, table: EnergyTable, memory: Memory) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pandas as pd
 from sysmt.cost.energy import EnergyTable, load_table
 from sysmt.cost.memory import Memory
 from sysmt.nn.array.layer import ArrayLayer
-from sysmt.nn.array.layer_energy import layer_energy
+from sysmt.nn.array.layer_energy import layer_energy, layer_stalls
 from sysmt.nn.array.selection import NOT_REACHED
 
 __all__ = ["cycle_speedup", "layer_report", "mac_speedup"]
@@ -52,11 +52,28 @@ def _row(layer: ArrayLayer, errors: bool, energy: EnergyTable, memory: Memory) -
     }
     row |= {f"active_{c}": record.get(f"active_{c}", 0) for c in range(5)}
     row |= {key: record[key] for key in _COUNTERS}
+    if memory.bandwidth is not None:
+        row |= _with_stalls(layer, memory)
     row |= layer_energy(layer, energy, memory)
     if errors:
         row |= {"sqnr_db": counts.sqnr_db, "mse": counts.mse}
     row["reason"] = layer.reason or ("" if counts.images else NOT_REACHED)
     return row
+
+
+def _with_stalls(layer: ArrayLayer, memory: Memory) -> dict[str, Any]:
+    """Cycles and speedup with the stalls of a bandwidth, and those of the array alone beside them."""
+    stats = layer.counts.stats
+    alone = layer_stalls(layer, memory, 1)
+    stalls = layer_stalls(layer, memory, layer.threads) if layer.reason is None else alone
+    cycles = stats.cycles + stalls
+    return {
+        "cycles": cycles,
+        "compute_cycles": stats.cycles,
+        "stall_cycles": stalls,
+        "speedup_cycles": (stats.single_thread_cycles + alone) / cycles if cycles else 1.0,
+        "speedup_compute_cycles": stats.speedup_cycles,
+    }
 
 
 def mac_speedup(layers: Iterable[ArrayLayer]) -> float:

@@ -737,7 +737,9 @@ class Simulation:
             ``collision_rate`` and ``utilization`` in [0, 1]; ``reduced_activations``,
             ``reduced_weights``; ``speedup_cycles``; ``energy_pj`` and ``energy_delay_pj_cycles`` (or
             whatever the table's unit is; 0 in float); with ``errors=True`` ``sqnr_db`` (dB) and ``mse``;
-            ``reason`` a layer is in float or empty.
+            ``reason`` a layer is in float or empty. With a memory that has a bandwidth, ``cycles`` and
+            ``speedup_cycles`` include stalls; ``compute_cycles``, ``stall_cycles`` and
+            ``speedup_compute_cycles`` stand beside them.
         """
         return layer_report(self.layers.values(), self.errors, energy, memory)
 
