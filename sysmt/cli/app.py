@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import os
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
@@ -27,6 +30,12 @@ __all__ = ["EXIT_ERROR", "Commands", "print_table", "root", "say"]
 EXIT_ERROR = 2
 """Something given was wrong, or could not be had or written."""
 
+EXIT_BUG = 70
+"""An error of ours that nobody has foreseen: EX_SOFTWARE of sysexits.h."""
+
+RAISE = "SYSMT_RAISE"
+"""Where this variable is set, as in the tests, unforeseen errors are raised instead of reported."""
+
 EXIT_INTERRUPTED = 130
 """Ctrl-C: 128 + SIGINT, as typer and shells have it."""
 
@@ -47,6 +56,9 @@ class Commands(TyperGroup):
         **extra: Any,
     ) -> Any:
         """Run one command line."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal without a sign gets its escape instead
+                stream.reconfigure(errors="backslashreplace")
         given = [*_with_values(sys.argv[1:] if args is None else args)]
         debug = "--debug" in given
         received: list[int] = []
@@ -70,12 +82,16 @@ class Commands(TyperGroup):
             code = EXIT_ERROR
         except Exception as error:
             # Wrong usage: typer's exceptions have these two, wherever a version keeps their classes.
-            if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+            if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+                context = getattr(error, "ctx", None)
+                hint = f" (try '{context.command_path} --help')" if context else ""
+                _fail(f"{error.format_message()}{hint}")
+                code = EXIT_ERROR
+            elif debug or os.environ.get(RAISE):
                 raise
-            context = getattr(error, "ctx", None)
-            hint = f" (try '{context.command_path} --help')" if context else ""
-            _fail(f"{error.format_message()}{hint}")
-            code = EXIT_ERROR
+            else:
+                _fail(_reported(error, given))
+                code = EXIT_BUG
         if code == EXIT_INTERRUPTED:
             _fail(f"interrupted by {signal.Signals(received[0]).name}" if received else "interrupted")
             code = 128 + received[0] if received else code
@@ -95,8 +111,8 @@ def root(
 
     `sysmt run` alone measures a small network on handwritten digits. Results are tables (CSV), plots
     (PNG) and the configuration (TOML) in a directory of the run's own. Exit codes: 0 done,
-    2 something is wrong, 3 done but for points that were given up, 130 interrupted (143 by SIGTERM,
-    129 by SIGHUP); what was measured until then is kept.
+    2 something is wrong, 3 done but for points that were given up, 70 a fault of sysmt itself, 130
+    interrupted (143 by SIGTERM, 129 by SIGHUP); what was measured until then is kept.
     """
     del debug  # taken out of the line before it is parsed
     if version:
@@ -112,6 +128,19 @@ def say(message: str, style: str = "") -> None:
 
 def _fail(message: str) -> None:
     say(f"error: {' '.join(message.split())}", "bold red")
+
+
+def _reported(error: Exception, args: Sequence[str]) -> str:
+    """Write an unforeseen error to a file for a report, and return the line that says where it is."""
+    what = f"{type(error).__name__}: {error}"[:200]
+    try:
+        handle, path = tempfile.mkstemp(prefix="sysmt-error-", suffix=".txt", text=True)
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"sysmt {sysmt.__version__}, Python {sys.version}\n{args}\n\n")
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return f"unforeseen, a fault of sysmt: {what} (--debug shows the traceback)"
+    return f"unforeseen, a fault of sysmt: {what} ({path} has the details for a report)"
 
 
 def _with_values(args: Sequence[str]) -> Iterator[str]:

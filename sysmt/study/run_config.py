@@ -96,9 +96,9 @@ def choice(default: Any, group: str, help: str, check: Check | None = None, **mo
     return dataclasses.field(default=default, metadata={"choice": Choice(group, help, check, **more)})
 
 
-def count(minimum: int = 1) -> Check:
-    """Check for an integer of at least `minimum`."""
-    return lambda value, field: parse_count(value, field, minimum=minimum)
+def count(minimum: int = 1, maximum: int | None = None) -> Check:
+    """Check for an integer from `minimum` to `maximum`."""
+    return lambda value, field: parse_count(value, field, minimum=minimum, maximum=maximum)
 
 
 def number(what: str, allowed: Callable[[float], bool]) -> Check:
@@ -118,6 +118,12 @@ def _thread_counts(given: Any) -> tuple[int, ...]:
     if len(set(counts)) < len(counts):
         raise ConfigError(f"threads={','.join(map(str, counts))} lists a thread count twice")
     return counts
+
+
+def _threads_by_layer(given: Any) -> dict[str, int]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"threads_map={given!r} is no table of threads by layer")
+    return {name: parse_threads(threads, f"threads of layer {name!r}") for name, threads in given.items()}
 
 
 def _described(cls: type[RunConfig]) -> type[RunConfig]:
@@ -205,9 +211,7 @@ class RunConfig:
         None,
         SETTINGS,
         'One more setting, threads by layer: TOML lines such as "layer1.0.conv1" = 2; default for the rest.',
-        lambda value, field: {
-            name: parse_threads(threads, f"threads of layer {name!r}") for name, threads in value.items()
-        },
+        lambda value, field: _threads_by_layer(value),
         metavar="FILE",
         shown="none",
         as_text=True,
@@ -296,7 +300,9 @@ class RunConfig:
         128, MACHINE, "Images per batch; of the results only recalibrated ones depend on it.", count()
     )
     cpu_threads: int | None = choice(None, MACHINE, "CPU threads.", count(), shown="torch's choice")
-    seed: int = choice(0, MACHINE, "Draws calibration images and augmentation, and random weights.", count(0))
+    seed: int = choice(
+        0, MACHINE, "Draws calibration images and augmentation, and random weights.", count(0, 2**63 - 1)
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

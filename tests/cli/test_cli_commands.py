@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +226,43 @@ def test_plot_draws_again(in_tmp):
         "energy.png",
     ]
     assert_one_error_line(invoke("plot", "nowhere"), "nowhere/summary.csv", "missing")
+
+
+def test_an_unforeseen_error_is_one_line_and_a_file_for_a_report(monkeypatch, tmp_path):
+    monkeypatch.delenv("SYSMT_RAISE")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr("sysmt.hw.gemm.simulate_gemm", broken)
+    result = invoke("gemm", "--m", 8, "--n", 8, "--k", 8)
+    assert result.exit_code == 70, result.output
+    assert "Traceback" not in result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: unforeseen, a fault of sysmt: ZeroDivisionError: a fault (")
+    (report,) = tmp_path.glob("sysmt-error-*.txt")
+    assert str(report) in line
+    assert "in broken" in report.read_text()
+    monkeypatch.setenv("SYSMT_RAISE", "1")
+    assert isinstance(invoke("gemm", "--m", 8, "--n", 8, "--k", 8).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("content", ["[run]\nthreads_map = [1]", "[run]\nseed = 18446744073709551616"])
+def test_configurations_of_wrong_values_are_one_line(tmp_path, content):
+    path = tmp_path / "config.toml"
+    path.write_text(content)
+    assert_one_error_line(invoke("run", "--config", path), "threads_map" if "map" in content else "seed")
+
+
+def test_a_terminal_without_our_signs_gets_escapes():
+    code = "from sysmt.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "gemm", "--m", "8", "--n", "8", "--k", "8"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
