@@ -117,7 +117,7 @@ def sweep(
     goes on, and no finished point is evaluated again. Any number of processes and machines
     can work on one study (--workers, --join).
     """
-    from sysmt.study.run_directory import check_writable
+    from sysmt.study.run_directory import check_writable, export_table
 
     if export is not None:
         check_writable(export)
@@ -154,7 +154,7 @@ def sweep(
         finally:
             say(f"the study is in {session.store.shown_url}; results are in {session.directory.path}")
         if export is not None:
-            table.to_csv(export, index=False)
+            export_table(table, export)
         if plots and len(table) and not session.helps:
             session.draw()
         left_out = session.store.left_out()
@@ -187,7 +187,9 @@ def _join(
     store = Store(storage, study)
     say(f"{done} points were evaluated here; the study has {len(store.table())}")
     if export is not None:
-        store.table().to_csv(export, index=False)
+        from sysmt.study.run_directory import export_table
+
+        export_table(store.table(), export)
     end_if_incomplete(store.left_out())
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "DEFAULT_PARENT",
     "RunDirectory",
     "check_writable",
+    "export_table",
     "command_line",
     "processor_name",
     "provenance",
@@ -85,6 +86,8 @@ class RunDirectory:
         self._made: list[Path] = []
         self._lock: DirectoryLock | None = None
         self.resumed = False
+        if not _is_text(str(path)):  # config.toml and the study could not say where they are
+            raise OutputError(f"{str(path)!r} is no text in UTF-8; name another directory")
         try:
             self.path = self._next_free(name) if path is None else self._existing(Path(path))
             if shared:
@@ -188,6 +191,14 @@ def _without_none(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_writable(path: str | Path) -> None:
     """Raise `OutputError` unless a file could be written at `path`, before long work is done for it."""
     path = Path(path)
@@ -197,6 +208,25 @@ def check_writable(path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as probe:
             probe.write(b"writable")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def export_table(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table where the user wants it: whole or not at all, or straight into a device such as a pipe.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    path = Path(path)
+    if not path.exists() or path.is_file():
+        with written_whole(path) as temporary:
+            table.to_csv(temporary, index=False)
+        return
+    try:
+        table.to_csv(path, index=False)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 
 from sysmt.errors import ConfigError, InUseError, OutputError
 from sysmt.files import read_csv, read_toml
-from sysmt.study.run_directory import RunDirectory, check_writable, provenance, without_password
+from sysmt.study.run_directory import (
+    RunDirectory,
+    check_writable,
+    export_table,
+    provenance,
+    without_password,
+)
 
 
 def test_default_directories_are_numbered(tmp_path, monkeypatch):
@@ -151,3 +157,19 @@ def test_toml_comes_back(tmp_path):
         read_toml(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_toml(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux's")
+def test_tables_go_where_they_can_or_say_why_not(tmp_path: Path) -> None:
+    table = pd.DataFrame({"a": [1, 2]})
+    export_table(table, tmp_path / "new" / "t.csv")
+    assert (tmp_path / "new" / "t.csv").read_text() == "a\n1\n2\n"
+    export_table(table, "/dev/null")
+    with pytest.raises(OutputError, match="/dev/full cannot be written: No space left"):
+        export_table(table, "/dev/full")
+
+
+def test_a_directory_has_a_name_in_utf_8(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no text in UTF-8"):
+        RunDirectory(tmp_path / "o\udcff")
+    assert list(tmp_path.iterdir()) == []
