@@ -246,6 +246,8 @@ def _describe(func: Any, module: nn.Module | None, caller: str) -> tuple[str, st
     if func._overloadpacket is aten.convolution:
         kind = type(module).__name__ if module is not None else "convolution"
         return f"{kind} is not simulated", caller or kind
+    if isinstance(module, nn.RNNBase):
+        return f"{type(module).__name__} is not simulated", caller or type(module).__name__
     return "product of activations", f"{caller}.matmul".strip(".")
 
 
@@ -273,11 +275,33 @@ def _attention(y: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> l
     return [Product(rows, columns, q.shape[-1], heads), Product(rows, v.shape[-1], columns, heads)]
 
 
+def _matrix_vector(y: Tensor, a: Tensor, vector: Tensor, *_: Any, **__: Any) -> list[Product]:
+    return [Product(1, a.shape[0], a.shape[1], 1)]
+
+
+def _added_matrix_vector(
+    y: Tensor, bias: Tensor, a: Tensor, vector: Tensor, *_: Any, **__: Any
+) -> list[Product]:
+    return _matrix_vector(y, a, vector)
+
+
+def _recurrent(
+    y: Any, x: Tensor, from_input: Tensor, from_state: Tensor, *_: Any, **__: Any
+) -> list[Product]:
+    """One layer and direction of oneDNN's LSTM: all steps of the input at once, the state step by step."""
+    steps, images, features = x.shape
+    gates, state = from_state.shape
+    return [Product(steps * images, gates, features, 1), Product(images, gates, state, steps)]
+
+
 _PRODUCTS: dict[Any, Callable[..., list[Product]]] = {
     aten.mm: _matrix,
     aten.bmm: _matrix,
     aten.addmm: _added,
     aten.baddbmm: _added,
+    aten.mv: _matrix_vector,
+    aten.addmv: _added_matrix_vector,
+    aten.mkldnn_rnn_layer: _recurrent,
     aten.convolution: _convolution,
     **{
         getattr(aten, name): _attention

@@ -196,9 +196,9 @@ class Odd(nn.Module):
 def counted_macs(net, x, **options):
     """Macs of one forward by torch's own counter, and the report of the same forward."""
     torch.backends.mha.set_fastpath_enabled(False)
-    # The counter knows attention by the products it is made of, not by the CPU's own kernel.
+    # The counter knows attention and LSTMs by the products they are made of, not by kernels of the CPU's own.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.backends.mkldnn.flags(enabled=False):
             net(x)
         torch.backends.mha.set_fastpath_enabled(True)
         with sysmt.attach(net, FOUR, **options) as sim:
@@ -271,3 +271,49 @@ def test_macs_of_timms_networks_are_counted_without_a_word_of_exclude(name):
     macs, report = counted_macs(net, images(1, side=TIMM[name]), linear=True)
     assert report["macs"].sum() == macs
     assert (report["threads"] > 0).sum() > 10
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_recurrent_layers_are_counted_by_their_formula(kind, options):
+    """Whichever kernel torch takes: oneDNN's LSTM is one operation, which torch's own counter overlooks."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+            self.memory = kind(5, 6, batch_first=True, **options)
+
+        def forward(self, x):
+            return self.memory(self.conv2(self.conv(x)).flatten(2).transpose(1, 2))[0]
+
+    torch.manual_seed(0)
+    net, x = Net().eval(), images()
+    directions = 2 if options else 1
+    gates = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind] * 6
+    inputs = [5, 6 * directions][: options.get("num_layers", 1)]
+    expected = 2 * 16 * sum(directions * gates * (features + 6) for features in inputs)
+    for context in (torch.no_grad, torch.enable_grad):
+        with sysmt.attach(net, FOUR) as sim, context():
+            sim.calibrate([x], 2)
+            net(x)
+            rows = sim.report()
+        memory = rows[rows["name"].str.startswith("memory")]
+        assert memory["macs"].sum() == expected
+        assert set(memory["reason"]) == {f"{kind.__name__} is not simulated"}
+
+
+def test_a_matrix_times_a_vector_is_counted():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+            self.vector = nn.Parameter(torch.rand(80))
+
+        def forward(self, x):
+            return self.conv2(self.conv(x)).flatten(1) @ self.vector
+
+    with sysmt.attach(Net().eval(), FOUR) as sim:
+        sim.calibrate([images()], 2)
+        sim.model(images())
+        assert sim.report().set_index("name").loc["matmul", "macs"] == 2 * 80
