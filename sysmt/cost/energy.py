@@ -5,6 +5,7 @@ Tables are TOML files; `load_table` names those that come with sysmt and reads a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.resources
 import itertools
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sysmt.config import THREAD_COUNTS, ArrayConfig
+from sysmt.config import THREAD_COUNTS, ArrayConfig, parse_number
 from sysmt.cost.events import EventCounts
 from sysmt.cost.memory import Memory
 from sysmt.errors import ConfigError, nearest
@@ -254,9 +255,9 @@ def _numbers(record: Mapping[str, Any], key: str, where: str) -> list[float]:
 
 
 def _checked(value: object, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value < math.inf):
-        raise ConfigError(f"energy table {where}: {key}={value!r} must be a number of at least 0")
-    return float(value)
+    with contextlib.suppress(ConfigError):
+        return parse_number(value, key, "a number of at least 0", lambda number: number >= 0)
+    raise ConfigError(f"energy table {where}: {key}={value!r} must be a number of at least 0")
 
 
 def accelergy_yaml(events: EventCounts, config: ArrayConfig, design: str = "sysmt") -> str:

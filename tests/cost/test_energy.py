@@ -1,6 +1,7 @@
 """Events against slots worked by the reference PE, energy tables, and what they refuse."""
 
 import dataclasses
+import re
 import tomllib
 
 import numpy as np
@@ -371,3 +372,13 @@ def test_a_bandwidth_puts_stalls_into_the_cycles_of_a_report():
     assert slow["speedup_cycles"][1] == pytest.approx((single + waits[0]) / cycles)
     assert slow["speedup_cycles"][1] < 1.5 < plain["speedup_cycles"][1]
     assert slow["speedup_cycles"][0] == 1.0  # in float: as at T = 1
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "nan", "inf", "-1", "true", '"1"', "[1]"])
+def test_what_is_no_cost_is_refused_in_tables(tmp_path, value):
+    text = (REPOSITORY / "sysmt" / "cost" / "energy_45nm.toml").read_text()
+    line = next(line for line in text.splitlines() if re.match(r"\w+ = \d", line))
+    path = tmp_path / "table.toml"
+    path.write_text(text.replace(line, f"{line.split()[0]} = {value}"))
+    with pytest.raises(ConfigError, match="must be a number of at least 0"):
+        load_table(path)
