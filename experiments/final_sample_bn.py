@@ -40,6 +40,7 @@ from common.trainings import (
 from torch import nn
 
 from sysmt.errors import ConfigError
+from sysmt.files import read_csv
 from sysmt.nn.batchnorm.training_statistics import BatchStatistics
 from sysmt.nn.low_bit.straight_through import (
     ActivationQuantizer,
@@ -200,7 +201,7 @@ def tests_table(history: History | None) -> pd.DataFrame:
 
 def tests_of(ledger: Ledger, points: Sequence[Key]) -> pd.DataFrame:
     """Return the tests of the given points."""
-    return those_of(points, pd.read_csv(ledger.path / "tests.csv"))
+    return those_of(points, read_csv(ledger.path / "tests.csv"))
 
 
 def summarise(ledger: Ledger, points: Sequence[Key]) -> pd.DataFrame:

@@ -30,6 +30,7 @@ from matplotlib.axes import Axes
 
 from sysmt.cli.options import takes
 from sysmt.errors import ConfigError
+from sysmt.files import read_csv
 from sysmt.nn.low_bit.integer_network import QNetwork
 from sysmt.progress import Bar, progress_bar
 from sysmt.quant.error import sqnr_db
@@ -167,7 +168,7 @@ def _tables(q: QNetwork, stages: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _table(ledger: Ledger, name: str) -> pd.DataFrame:
-    return pd.read_csv(ledger.path / f"{name}.csv", keep_default_na=False, na_values=["nan", ""])
+    return read_csv(ledger.path / f"{name}.csv")
 
 
 def pairs_of(ledger: Ledger, points: Sequence[Key], network: str) -> pd.DataFrame:

@@ -41,6 +41,7 @@ from common.trainings import (
 from torch import nn
 from torch.nn.utils import parametrize
 
+from sysmt.files import read_csv
 from sysmt.nn.low_bit.gradient_variance import GradientRecorder, predict_variances
 from sysmt.nn.low_bit.straight_through import (
     TernaryThreshold,
@@ -149,13 +150,13 @@ def ternary_bn(
     name = "ternary_bn"
     with open_ledger(name, [pixels], KEYS, out, preset, quick, **study.settings) as ledger:
         train_missing(points, ledger, lambda point: study.train(point, ledger))
-        gradients = those_of(points, pd.read_csv(ledger.path / "gradients.csv"))
+        gradients = those_of(points, read_csv(ledger.path / "gradients.csv"))
         summary = summarise(those_of(points, ledger.points()), gradients)
         ledger.write(f"{name}.csv", summary)
         layout = layout_of(summary, pixels.name)
         ledger.write_text(f"{name}.md", layout)
         draw_gradients(gradients, ledger.path / "gradients.png", pixels.name)
-        tests = those_of(points, pd.read_csv(ledger.path / "tests.csv"))
+        tests = those_of(points, read_csv(ledger.path / "tests.csv"))
         draw_curves(tests, ledger.path / "curves.png", pixels.name)
         print(layout)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from synthesis import COLS, ROWS, Design
 from toolchain import HERE, tool_versions
+
+from sysmt.files import read_toml
 
 __all__ = ["RATIOS", "compare", "record", "write"]
 
@@ -78,7 +79,7 @@ def compare(fresh: dict[str, Any], path: Path = RATIOS) -> tuple[str, bool]:
     """
     if not path.exists():
         return f"{path.name} is missing; write it with `{REFRESH}`", False
-    kept = tomllib.loads(path.read_text())
+    kept = read_toml(path)
     same = kept["provenance"]["yosys"] == fresh["provenance"]["yosys"]
     tolerance = SAME_YOSYS_TOLERANCE if same else OTHER_YOSYS_TOLERANCE
     if [names(row) for row in kept["design"]] != [names(row) for row in fresh["design"]]:

@@ -84,8 +84,7 @@ def trace(
     register, active threads, collision and reduce flags and accumulator of each PE), collisions.png (a map
     of the array) and utilization.png (over time). docs/reports.md defines every column.
     """
-    import pandas as pd
-
+    from sysmt.files import read_csv
     from sysmt.hw.trace import trace_tile
     from sysmt.progress import progress_bar
     from sysmt.study.run_config import RunConfig
@@ -124,7 +123,7 @@ def trace(
                 seen.write_vcd(file, first, last, bar.advance)
         from sysmt.study.plots.trace import pe_table, plot_pe_collisions, plot_utilization
 
-        table, pes = pd.read_csv(directory.path / "trace.csv"), pe_table(seen.activity)
+        table, pes = read_csv(directory.path / "trace.csv"), pe_table(seen.activity)
         directory.write_csv("pes.csv", pes)
         directory.write_toml("trace.toml", record)
         if plots:

@@ -324,7 +324,7 @@ def test_images_of_different_sizes_are_counted_each():
 @pytest.mark.parametrize("column", ["energy_pj_per_image", "energy_relative_per_image"])
 def test_energy_against_accuracy_is_drawn(tmp_path, column):
     pd = pytest.importorskip("pandas")
-    from sysmt.study.plots.energy import plot_energy
+    from sysmt.study.plots.energy_against_accuracy import plot_energy
 
     points = pd.DataFrame(
         {

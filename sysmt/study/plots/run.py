@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from sysmt.errors import ConfigError
 from sysmt.files import read_csv, read_toml
-from sysmt.study.plots.energy import plot_energy
+from sysmt.study.plots.energy_against_accuracy import plot_energy
 from sysmt.study.plots.style import COLOURS, FLOAT_GREY, LEAST_SPAN_POINTS, MARKERS, figure
 
 __all__ = ["draw_run", "plot_accuracy", "plot_collisions"]
