@@ -327,7 +327,12 @@ MANY = ("--kinds", "uniform,prefix,suffix", "--sparsities", ",".join(f"0.{i:02}"
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_helpers_end_with_the_process_that_started_them(in_tmp, number):
     parent = subprocess.Popen(
-        command(in_tmp, *MANY, "--workers", "2"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(in_tmp, *MANY, "--workers", "2"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Under nohup SIGHUP is ignored, by the children of the tests as well, and the command keeps to that.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     own = f":{parent.pid}"
     wait_until(
